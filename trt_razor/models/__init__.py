@@ -1,0 +1,1 @@
+"""Models: what an architecture is (ModelSpec), the zoo of names, checkpoints and tokenizers."""
