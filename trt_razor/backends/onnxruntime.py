@@ -1,0 +1,151 @@
+"""ONNX Runtime on the CPU: the embedded default. The attention is the operator's function body.
+
+The caches are NumPy arrays owned here and bound as both input and output of the graph: they are
+updated in place, and their bytes are the planner's to the byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trt_razor.errors import MissingExtra, RazorError
+from trt_razor.planner import CacheTensor
+
+# These two rewrite shape arithmetic. The graph orders the write of a cache after its last read by
+# such arithmetic (graph/operator.py), so they stay away.
+DISABLED_OPTIMIZERS = ["ShapeInputMerge", "ReshapeFusion"]
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, or a clear error that names the extra."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtra("onnxruntime", "onnxruntime", "running an ONNX engine") from None
+    return onnxruntime
+
+
+class OrtSession:
+    """A loaded graph with its caches.
+
+    Args:
+        graph: path of ``model.onnx``; its weights are mapped, not read.
+        caches: the cache tensors of the graph (``planner.cache_tensors``).
+        num_slots: sequences that can be cached at the same time.
+        max_seq_len: capacity of a slot in tokens.
+        threads: worker threads; None = all cores.
+
+    Raises:
+        RazorError: the graph cannot be loaded or does not have the expected caches.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        caches: Sequence[CacheTensor],
+        num_slots: int,
+        max_seq_len: int,
+        threads: int | None = None,
+    ) -> None:
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.log_severity_level = 3
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        try:
+            self._session = ort.InferenceSession(
+                str(graph),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=DISABLED_OPTIMIZERS,
+            )
+        except Exception as e:  # onnxruntime raises bare classes of its own
+            first = str(e).splitlines()[0][:300]
+            raise RazorError(f"{graph}: ONNX Runtime cannot load this graph: {first}") from None
+        self.num_slots = num_slots
+        self.max_seq_len = max_seq_len
+        self.vocab_size = int(self._session.get_outputs()[0].shape[2])
+        self._check_caches(graph, caches)
+        # Zeros, not garbage: a masked row has weight 0, and 0 · NaN would still be NaN.
+        self._caches: dict[str, np.ndarray] = {
+            t.name: np.zeros((num_slots, *t.shape), t.dtype) for t in caches
+        }
+        for name, array in self._caches.items():
+            if name.startswith("comp_log_weight"):
+                array.fill(-np.inf)
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def _check_caches(self, graph: Path, caches: Sequence[CacheTensor]) -> None:
+        found = {i.name: list(i.shape[1:]) for i in self._session.get_inputs()[5:]}
+        expected = {t.name: list(t.shape) for t in caches}
+        if found != expected:
+            odd = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            raise RazorError(
+                f"{graph}: cache tensor {odd[0]}: expected shape {expected.get(odd[0])}, found "
+                f"{found.get(odd[0])}; rebuild the engine"
+            )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all cache tensors as allocated."""
+        return sum(a.nbytes for a in self._caches.values())
+
+    def cache(self, name: str) -> np.ndarray:
+        """A cache tensor [num_slots, …]; shared memory, not a copy."""
+        return self._caches[name]
+
+    def reset(self, slot: int) -> None:
+        """Forget a slot's sequence: its next chunk must have ``past`` 0."""
+        for name, array in self._caches.items():
+            array[slot] = -np.inf if name.startswith("comp_log_weight") else 0
+
+    def forward(
+        self,
+        first_slot: int,
+        tokens: np.ndarray,
+        past: np.ndarray,
+        chunk: np.ndarray,
+        logits_index: np.ndarray,
+    ) -> np.ndarray:
+        """One chunk for the neighbouring slots ``first_slot …`` ; updates their caches.
+
+        Args:
+            tokens: [b, S] int32, right padded with any valid id.
+            past, chunk: [b] int32, cached tokens and new tokens of each row (chunk 0 = idle).
+            logits_index: [b, T] int32, places in the chunk whose logits are wanted.
+
+        Returns:
+            logits [b, T, vocab] float32.
+        """
+        rows = tokens.shape[0]
+        io = self._binding(first_slot, first_slot + rows)
+        feeds = {
+            "input_ids": np.ascontiguousarray(tokens, np.int32),
+            "past": np.ascontiguousarray(past, np.int32),
+            "chunk": np.ascontiguousarray(chunk, np.int32),
+            "past_span": np.zeros(max(1, int(np.max(past))), np.int8),
+            "logits_index": np.ascontiguousarray(logits_index, np.int32),
+        }
+        for name, value in feeds.items():
+            io.bind_cpu_input(name, value)
+        logits = np.empty((rows, logits_index.shape[1], self.vocab_size), np.float32)
+        io.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(io)
+        return logits
+
+    def _binding(self, lo: int, hi: int) -> Any:
+        """Bindings of the caches of slots lo..hi-1, each array as input and as output."""
+        if (lo, hi) not in self._bindings:
+            io = self._session.io_binding()
+            for name, array in self._caches.items():
+                view = array[lo:hi]
+                where = ("cpu", 0, array.dtype.type, view.shape, view.ctypes.data)
+                io.bind_input(name, *where)
+                io.bind_output(f"{name}_out", *where)
+            self._bindings[lo, hi] = io
+        return self._bindings[lo, hi]

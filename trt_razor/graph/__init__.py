@@ -1,0 +1,1 @@
+"""Graphs: decoder-only models as ONNX with the operator ``trt_razor::RazorAttention``."""

@@ -1,0 +1,1 @@
+"""Finding retrieval heads: probe, scores, ALiBi scope, selection, stability, heat map."""

@@ -1,0 +1,537 @@
+"""Bytes and batch sizes from the model's shape alone: what an engine needs before it is built.
+
+Two kinds of figures, never mixed:
+
+* capacity: what the cache of an engine allocates per slot for ``max_seq_len`` tokens
+  (``cache_tensors``, ``cache_bytes``): exact to the byte, one definition for graph and backends;
+* need: what a sequence of ``n`` tokens really keeps and a decode step reads (``kv_at``).
+
+Pure Python: no NumPy, no torch, no weights. See docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trt_razor.errors import UsageError, did_you_mean
+from trt_razor.gpus import GPU, find_gpu
+from trt_razor.headmap import HeadMap
+from trt_razor.models.spec import ModelSpec
+from trt_razor.plan_table import human_bytes, render
+from trt_razor.policy import RazorPolicy
+from trt_razor.sharding import (
+    HeadSplit,
+    ceil_div,
+    check_share,
+    count_heads,
+    decode_weight_elements,
+    rank_split,
+    spread,
+    stages,
+    weight_elements,
+)
+
+__all__ = [
+    "CacheBytes",
+    "CacheTensor",
+    "KvNeed",
+    "Plan",
+    "cache_bytes",
+    "cache_tensors",
+    "check_seq_len",
+    "dtype_bytes",
+    "human_bytes",
+    "kept_share",
+    "kv_at",
+    "plan",
+    "plan_to_json",
+    "render",
+]
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+MEMORY_FRACTION = 0.9
+"""Share of a GPU's memory that a plan hands out."""
+
+RUNTIME_RESERVE = 1 << 30
+"""Bytes a plan leaves for the CUDA context, libraries and workspaces."""
+
+PREFILL_TOKENS = 8192
+"""Longest prefill chunk that the activation reserve covers."""
+
+
+# Capacity: the cache of an engine --------------------------------------------------------------
+@dataclass(frozen=True)
+class CacheTensor:
+    """One cache tensor of an engine: a graph input and output. ``shape`` is without the batch."""
+
+    name: str
+    layer: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def kind(self) -> str:
+        """The name without its layer: ``full_k``, ``local_k``, ``comp`` …"""
+        return self.name.rpartition("_")[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per slot."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache: per slot and kind of tensor, per slot, and for all ``batch`` slots."""
+
+    by_kind: dict[str, int]
+    per_slot: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return self.per_slot * self.batch
+
+
+def cache_tensors(
+    spec: ModelSpec,
+    head_map: HeadMap | None,
+    policy: RazorPolicy | None,
+    max_seq_len: int,
+    kv_dtype: str = "float16",
+) -> list[CacheTensor]:
+    """The cache of an engine: every tensor, layer by layer, in the order of the graph's inputs.
+
+    Per layer with R retrieval and Lh local KV heads, D = ``head_dim``, M = ``comp_tokens``:
+    ``full_k, full_v`` [R, max_seq_len, D]; ``local_k, local_v`` [Lh, policy.local_rows, D], both in
+    ``kv_dtype``; ``comp`` [Lh, M, 2, D], ``comp_log_weight`` [Lh, M] and ``comp_count`` [Lh, M] in
+    float32. Tensors without elements do not exist. ``head_map`` None = dense: all heads are full.
+
+    Raises:
+        UsageError: the head map has another shape than the model, a head map without a policy, an
+            unknown dtype, or a length below 1.
+    """
+    return _cache_tensors(_head_split(spec, head_map), spec.head_dim, policy, max_seq_len, kv_dtype)
+
+
+def cache_bytes(
+    spec: ModelSpec,
+    head_map: HeadMap | None,
+    policy: RazorPolicy | None,
+    max_seq_len: int,
+    batch: int = 1,
+    kv_dtype: str = "float16",
+) -> CacheBytes:
+    """Bytes that the cache of an engine with ``batch`` slots allocates (see ``cache_tensors``)."""
+    _positive("batch", batch)
+    return _sum_bytes(cache_tensors(spec, head_map, policy, max_seq_len, kv_dtype), batch)
+
+
+def _cache_tensors(
+    split: HeadSplit, head_dim: int, policy: RazorPolicy | None, max_seq_len: int, kv_dtype: str
+) -> list[CacheTensor]:
+    _positive("max_seq_len", max_seq_len)
+    dtype_bytes(kv_dtype)
+    out: list[CacheTensor] = []
+    for i, (retrieval, local) in enumerate(split):
+        if local and policy is None:
+            raise UsageError("policy: missing; a head map with local heads needs one")
+        rows = policy.local_rows(max_seq_len) if policy else 0
+        comp = policy.comp_tokens if policy else 0
+        for name, shape, dtype in (
+            ("full_k", (retrieval, max_seq_len, head_dim), kv_dtype),
+            ("full_v", (retrieval, max_seq_len, head_dim), kv_dtype),
+            ("local_k", (local, rows, head_dim), kv_dtype),
+            ("local_v", (local, rows, head_dim), kv_dtype),
+            ("comp", (local, comp, 2, head_dim), "float32"),
+            ("comp_log_weight", (local, comp), "float32"),
+            ("comp_count", (local, comp), "float32"),
+        ):
+            if math.prod(shape):
+                out.append(CacheTensor(f"{name}_{i}", i, shape, dtype))
+    return out
+
+
+def _sum_bytes(tensors: Iterable[CacheTensor], batch: int) -> CacheBytes:
+    by_kind: dict[str, int] = {}
+    for t in tensors:
+        by_kind[t.kind] = by_kind.get(t.kind, 0) + t.nbytes
+    return CacheBytes(by_kind, sum(by_kind.values()), batch)
+
+
+def _head_split(spec: ModelSpec, head_map: HeadMap | None) -> list[tuple[int, int]]:
+    if head_map is None:
+        return [(spec.num_kv_heads, 0)] * spec.num_layers
+    found = (head_map.num_layers, head_map.num_kv_heads)
+    if found != (spec.num_layers, spec.num_kv_heads):
+        raise UsageError(
+            f"head map of '{head_map.model}': expected {spec.num_layers} layers x "
+            f"{spec.num_kv_heads} KV heads for model '{spec.name}', found {found[0]} x {found[1]}"
+        )
+    return [(len(heads), spec.num_kv_heads - len(heads)) for heads in head_map.retrieval_heads]
+
+
+# Need: what a sequence of n tokens keeps -------------------------------------------------------
+@dataclass(frozen=True)
+class KvNeed:
+    """KV of one sequence of ``tokens`` tokens, whole model.
+
+    Attributes:
+        full_bytes, razor_bytes: bytes kept (and read by one decode step), dense and Razor.
+        kept: the share r + (1 - r)·(N0 + 2M + L(n))/n of ``kept_share``, for 16-bit caches.
+    """
+
+    tokens: int
+    full_bytes: int
+    razor_bytes: int
+    kept: float
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes / Razor bytes."""
+        return self.full_bytes / self.razor_bytes
+
+
+def kept_share(share: float, policy: RazorPolicy, n: int) -> float:
+    """KV kept / full KV at ``n`` tokens: r + (1 - r)·(N0 + 2M + L(n))/n, and 1 while nothing drops.
+
+    ``share`` is r, retrieval heads / KV heads. 2M because means are fp32 beside a 16-bit cache.
+    """
+    _positive("n", n)
+    check_share(share)
+    if policy.dropped(n) == 0:
+        return 1.0
+    rows = policy.sink_tokens + 2 * policy.comp_tokens + policy.window(n)
+    return share + (1 - share) * rows / n
+
+
+def kv_at(
+    spec: ModelSpec,
+    share_or_map: float | HeadMap,
+    policy: RazorPolicy,
+    n: int,
+    kv_dtype: str = "float16",
+) -> KvNeed:
+    """Bytes that a sequence of ``n`` tokens really needs: not capacity, no unused row.
+
+    ``share_or_map``: a head map, or r in 0..1 (the number of retrieval heads is rounded up).
+    Compensation rows count once tokens are dropped: a row of k and v means, its log-weight and its
+    count, all fp32; at most D(n) rows are in use.
+    """
+    _positive("n", n)
+    if isinstance(share_or_map, HeadMap):
+        _head_split(spec, share_or_map)
+        retrieval, share = share_or_map.num_retrieval, share_or_map.share
+    else:
+        share = share_or_map
+        retrieval = count_heads(share, spec.num_layers * spec.num_kv_heads)
+    heads = spec.num_layers * spec.num_kv_heads
+    return KvNeed(
+        tokens=n,
+        full_bytes=_need(heads, 0, spec.head_dim, policy, n, kv_dtype),
+        razor_bytes=_need(retrieval, heads - retrieval, spec.head_dim, policy, n, kv_dtype),
+        kept=kept_share(share, policy, n),
+    )
+
+
+def _need(
+    retrieval: int, local: int, head_dim: int, policy: RazorPolicy, n: int, kv_dtype: str
+) -> int:
+    dropped = policy.dropped(n)
+    row = 2 * head_dim * dtype_bytes(kv_dtype)
+    comp = min(policy.comp_tokens, dropped) * (2 * head_dim + 2) * DTYPE_BYTES["float32"]
+    return retrieval * n * row + local * ((n - dropped) * row + comp)
+
+
+# The plan --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs on a GPU. Bytes; "per GPU" is the busiest GPU of the group.
+
+    Attributes:
+        parameters: of the model; ``weight_bytes`` = parameters in ``weight_dtype``.
+        retrieval_share: retrieval heads / KV heads as asked for or as in the head map.
+        rank_share: the same on the busiest GPU after rounding up to equal counts on every rank.
+        kv_full_bytes, kv_razor_bytes: cache capacity per sequence of ``max_seq_len``, whole model.
+        kv_full_bytes_per_gpu, kv_razor_bytes_per_gpu: the same on one GPU.
+        attention_speedup: KV bytes that a decode step reads at ``max_seq_len``, dense / Razor, per
+            GPU: an expectation from bytes, not a measurement.
+        compression_starts: number of cached tokens at which the first one is dropped (None: never).
+        kv_budget_bytes_per_gpu: memory left for KV, or None without a GPU (may be negative).
+        max_batch_full, max_batch_razor: sequences of ``max_seq_len`` that fit, None without a GPU.
+        batch: the batch asked for, or None.
+        tokens_s_full, tokens_s_razor: upper bound of decoded tokens per second at ``batch``, or at
+            the largest batch, if every step read weights and KV at full memory bandwidth; None
+            without a GPU, with pipeline stages, or if that batch does not fit.
+        assumptions, warnings: one line each, for people.
+    """
+
+    model: str
+    parameters: int
+    max_seq_len: int
+    tp_size: int
+    pp_size: int
+    weight_dtype: str
+    kv_dtype: str
+    policy: RazorPolicy
+    retrieval_share: float
+    rank_share: float
+    weight_bytes: int
+    weight_bytes_per_gpu: int
+    kv_full_bytes: int
+    kv_razor_bytes: int
+    kv_full_bytes_per_gpu: int
+    kv_razor_bytes_per_gpu: int
+    attention_speedup: float
+    compression_starts: int | None
+    gpu: GPU | None
+    activation_bytes_per_gpu: int
+    kv_budget_bytes_per_gpu: int | None
+    max_batch_full: int | None
+    max_batch_razor: int | None
+    batch: int | None
+    tokens_s_full: float | None
+    tokens_s_razor: float | None
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def kv_ratio(self) -> float:
+        """Cache capacity per sequence and GPU, dense / Razor."""
+        return self.kv_full_bytes_per_gpu / self.kv_razor_bytes_per_gpu
+
+
+def plan(
+    spec: ModelSpec,
+    policy: RazorPolicy,
+    max_seq_len: int,
+    gpu: GPU | str | None = None,
+    tp_size: int = 1,
+    head_map: HeadMap | None = None,
+    retrieval_share: float = 0.15,
+    kv_dtype: str = "float16",
+    weight_dtype: str = "float16",
+    batch: int | None = None,
+    pp_size: int = 1,
+) -> Plan:
+    """Weights, KV, largest batch and expected decode speed-up, dense and Razor.
+
+    Without ``head_map``, ``retrieval_share`` of the KV heads is spread evenly over the layers.
+
+    Raises:
+        UsageError: a size that is not possible for this model, a length beyond its positions,
+            a head map of another model, or an unknown GPU or dtype.
+    """
+    check_seq_len(spec, max_seq_len)
+    _check_parallel(spec, tp_size, pp_size)
+    if batch is not None:
+        _positive("batch", batch)
+    if spec.position == "alibi" and policy.comp_tokens > 1:
+        raise UsageError(
+            f"policy.comp_tokens: expected 0 or 1 for '{spec.name}', an ALiBi model, found "
+            f"{policy.comp_tokens}"
+        )
+    gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    if head_map is not None:
+        head_map.check_model(spec.fingerprint(), spec.name, "head map")
+        split = _head_split(spec, head_map)
+    else:
+        split = spread(retrieval_share, spec.num_layers, spec.num_kv_heads)
+    rank_split = rank_split(split, tp_size)
+    dense = [(r + local, 0) for r, local in rank_split]
+
+    stages = stages(spec.num_layers, pp_size)
+    weights = [
+        weight_elements(spec, tp_size, first, last) * dtype_bytes(weight_dtype)
+        for first, last in stages
+    ]
+
+    def capacity(heads: HeadSplit) -> int:
+        tensors = _cache_tensors(heads, spec.head_dim, policy, max_seq_len, kv_dtype)
+        return _sum_bytes(tensors, 1).per_slot
+
+    def reads(heads: HeadSplit) -> int:
+        r, local = (sum(x) for x in zip(*heads, strict=True))
+        return _need(r, local, spec.head_dim, policy, max_seq_len, kv_dtype)
+
+    kv_full = [capacity(dense[a:b]) for a, b in stages]
+    kv_razor = [capacity(rank_split[a:b]) for a, b in stages]
+    activations = _activation_bytes(spec, max_seq_len, tp_size, dtype_bytes(weight_dtype))
+    budget = max_full = max_razor = speed_full = speed_razor = None
+    if gpu is not None:
+        free = int(gpu.memory_bytes * MEMORY_FRACTION) - activations
+        budget = free - max(weights)
+        max_full = min(max(0, free - w) // kv for w, kv in zip(weights, kv_full, strict=True))
+        max_razor = min(max(0, free - w) // kv for w, kv in zip(weights, kv_razor, strict=True))
+        if pp_size == 1:
+            read = decode_weight_elements(spec, tp_size) * dtype_bytes(weight_dtype)
+            speed_full = _tokens_s(gpu, batch, max_full, read, reads(dense))
+            speed_razor = _tokens_s(gpu, batch, max_razor, read, reads(rank_split))
+
+    heads = spec.num_layers * spec.num_kv_heads
+    rank_heads = sum(r + local for r, local in rank_split)
+    result = Plan(
+        model=spec.name,
+        parameters=spec.num_parameters(),
+        max_seq_len=max_seq_len,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        policy=policy,
+        retrieval_share=sum(r for r, _ in split) / heads,
+        rank_share=sum(r for r, _ in rank_split) / rank_heads,
+        weight_bytes=spec.num_parameters() * dtype_bytes(weight_dtype),
+        weight_bytes_per_gpu=max(weights),
+        kv_full_bytes=capacity([(spec.num_kv_heads, 0)] * spec.num_layers),
+        kv_razor_bytes=capacity(split),
+        kv_full_bytes_per_gpu=max(kv_full),
+        kv_razor_bytes_per_gpu=max(kv_razor),
+        attention_speedup=reads(dense) / reads(rank_split),
+        compression_starts=None if policy.compression == 1 else policy.first_drop(),
+        gpu=gpu,
+        activation_bytes_per_gpu=activations,
+        kv_budget_bytes_per_gpu=budget,
+        max_batch_full=max_full,
+        max_batch_razor=max_razor,
+        batch=batch,
+        tokens_s_full=speed_full,
+        tokens_s_razor=speed_razor,
+        assumptions=tuple(_assumptions(head_map, tp_size, gpu)),
+        warnings=(),
+    )
+    return replace(result, warnings=tuple(_warnings(spec, result, split)))
+
+
+def plan_to_json(result: Plan) -> dict[str, Any]:
+    """The plan as JSON values; the policy and the GPU are objects of their own."""
+    data = asdict(result)
+    data["assumptions"], data["warnings"] = list(result.assumptions), list(result.warnings)
+    data["kv_ratio"] = result.kv_ratio
+    return data
+
+
+def check_seq_len(spec: ModelSpec, max_seq_len: int) -> None:
+    """Raises UsageError if ``max_seq_len`` is below 1 or beyond the model's positions."""
+    _positive("max_seq_len", max_seq_len)
+    if max_seq_len > spec.max_positions:
+        hint = (
+            "a longer context needs a config.json with rope_scaling (linear, llama3 or yarn) and "
+            "max_position_embeddings to match"
+            if spec.position == "rope"
+            else "the model was not made for more"
+        )
+        raise UsageError(
+            f"max_seq_len: expected at most {spec.max_positions}, the positions of '{spec.name}', "
+            f"found {max_seq_len}; {hint}"
+        )
+
+
+def dtype_bytes(name: str) -> int:
+    """Bytes per element. Raises UsageError for a dtype that engines do not have."""
+    if name not in DTYPE_BYTES:
+        raise UsageError(f"dtype {name!r}: unknown; {did_you_mean(name, DTYPE_BYTES)}")
+    return DTYPE_BYTES[name]
+
+
+def _assumptions(head_map: HeadMap | None, tp_size: int, gpu: GPU | None) -> Iterable[str]:
+    if head_map is None:
+        yield "no head map: the retrieval heads are taken as spread evenly over the layers"
+    if tp_size > 1:
+        yield "every rank holds equally many retrieval heads of a layer (rounded up)"
+    if gpu is not None:
+        yield (
+            f"{MEMORY_FRACTION:.0%} of the data-sheet memory is used; activations of "
+            f"{PREFILL_TOKENS}-token prefill chunks and 1 GiB for the runtime are set aside"
+        )
+    yield "speed-ups are expected from the bytes read per decode step, not measured"
+
+
+def _warnings(spec: ModelSpec, p: Plan, split: HeadSplit) -> Iterable[str]:
+    kv_rank = ceil_div(spec.num_kv_heads, p.tp_size)
+    if p.compression_starts is None:
+        yield "Razor saves nothing: compression = 1 keeps every token"
+    elif p.policy.dropped(p.max_seq_len) == 0:
+        yield (
+            f"Razor saves nothing at {p.max_seq_len} tokens: sinks and window cover them all; the "
+            f"first token is dropped at {p.compression_starts}; lower min_window or raise max_seq_len"
+        )
+    elif p.kv_razor_bytes_per_gpu >= p.kv_full_bytes_per_gpu:
+        yield (
+            "Razor saves no memory here: its cache per GPU is not smaller than the dense one "
+            f"({p.rank_share:.0%} retrieval heads, {p.policy.comp_tokens} compensation tokens)"
+        )
+    if kv_rank == 1 and any(r and local for r, local in split):
+        yield (
+            f"tp_size {p.tp_size} leaves one KV head per rank, which cannot mix retrieval and local "
+            "heads: such layers count as full; TensorRT-LLM builds refuse this; use a smaller tp_size"
+        )
+    elif p.rank_share > p.retrieval_share + 0.005:
+        yield (
+            f"equal counts on every rank raise the retrieval heads from {p.retrieval_share:.1%} to "
+            f"{p.rank_share:.1%}"
+        )
+    if spec.num_kv_heads % p.tp_size and p.tp_size % spec.num_kv_heads:
+        yield (
+            f"{spec.num_kv_heads} KV heads do not divide evenly over {p.tp_size} ranks; "
+            "TensorRT-LLM builds refuse this"
+        )
+    elif p.tp_size > spec.num_kv_heads:
+        copies = p.tp_size // spec.num_kv_heads
+        yield f"{spec.num_kv_heads} KV heads on {p.tp_size} ranks: each is stored {copies} times"
+    if p.pp_size > 1 and len({r for r, _ in split}) > 1:
+        yield (
+            "layers differ in retrieval heads; TensorRT-LLM builds with pp_size > 1 need the same "
+            "number in every layer"
+        )
+    if p.gpu is None:
+        return
+    if p.max_batch_razor == 0 and p.max_batch_full == 0:
+        need = p.weight_bytes_per_gpu + p.activation_bytes_per_gpu + p.kv_razor_bytes_per_gpu
+        yield (
+            f"not one sequence fits: {human_bytes(need)} needed per GPU, "
+            f"{human_bytes(p.gpu.memory_bytes * MEMORY_FRACTION)} to hand out on {p.gpu.name}; use "
+            "more GPUs (tp_size, pp_size) or a smaller max_seq_len"
+        )
+    elif p.batch is not None and p.max_batch_razor is not None and p.batch > p.max_batch_razor:
+        yield f"batch {p.batch} does not fit: Razor holds {p.max_batch_razor} sequences"
+
+
+# Checks and small sums -----------------------------------------------------------------------
+def _positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name}: expected an integer >= 1, found {value!r}")
+
+
+def _check_parallel(spec: ModelSpec, tp_size: int, pp_size: int) -> None:
+    _positive("tp_size", tp_size)
+    _positive("pp_size", pp_size)
+    if spec.num_heads % tp_size:
+        raise UsageError(
+            f"tp_size: expected a divisor of the {spec.num_heads} attention heads of "
+            f"'{spec.name}', found {tp_size}"
+        )
+    if pp_size > spec.num_layers:
+        raise UsageError(
+            f"pp_size: expected at most {spec.num_layers}, the layers of '{spec.name}', "
+            f"found {pp_size}"
+        )
+
+
+def _activation_bytes(spec: ModelSpec, max_seq_len: int, tp_size: int, element: int) -> int:
+    """Reserve per GPU: residual, norm and output, qkv, attention output, gate and up; runtime."""
+    heads = 2 * spec.num_heads // tp_size + 2 * ceil_div(spec.num_kv_heads, tp_size)
+    per_token = 3 * spec.hidden_size + heads * spec.head_dim
+    per_token += 2 * ceil_div(spec.intermediate_size, tp_size)
+    return RUNTIME_RESERVE + min(max_seq_len, PREFILL_TOKENS) * per_token * element
+
+
+def _tokens_s(gpu: GPU, batch: int | None, fits: int, weights: int, kv: int) -> float | None:
+    size = fits if batch is None else batch
+    if not 0 < size <= fits:
+        return None
+    return size * gpu.bandwidth_bytes_s / (weights + size * kv)

@@ -1,0 +1,342 @@
+"""The KV cache of one sequence and one layer, tensor for tensor as the engines lay it out.
+
+Layout, ring rule and fold rule: docs/semantics.md. An engine's cache can be compared with these
+tensors row by row; rows that hold no token are never read and may hold anything finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trt_razor.errors import RazorError, UsageError
+from trt_razor.headmap import HeadMap
+from trt_razor.models.positions import alibi_slopes
+from trt_razor.models.spec import ModelSpec
+from trt_razor.policy import RazorPolicy
+from trt_razor.reference.attention import (
+    CachedRows,
+    chunk_attention,
+    compute_dtype,
+    group_queries,
+)
+from trt_razor.reference.clusters import fold
+
+
+class FullHeadsCache:
+    """Retrieval heads of one layer: every key and value, position p in row p.
+
+    Attributes:
+        full_k, full_v: [R, N_max, D] in ``dtype``.
+        n: tokens cached.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        n_max: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.n_max = n_max
+        self.full_k = torch.zeros(num_heads, n_max, head_dim, dtype=dtype, device=device)
+        self.full_v = torch.zeros_like(self.full_k)
+        self.n = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.full_k.nbytes + self.full_v.nbytes
+
+    def rows(self) -> CachedRows:
+        """All cached tokens, in float32 (float64 if that is the cache's dtype)."""
+        dtype = compute_dtype(self.full_k.dtype)
+        k, v = self.full_k[:, : self.n].to(dtype), self.full_v[:, : self.n].to(dtype)
+        position = torch.arange(self.n, device=k.device, dtype=torch.float64)
+        return CachedRows(k, v, k.new_zeros(k.shape[:2]), position)
+
+    def update(self, k: Tensor, v: Tensor) -> None:
+        """Append the new tokens: k, v [R, S, D]. Raises RazorError past ``n_max``."""
+        end = _room(self.n, k.shape[1], self.n_max)
+        self.full_k[:, self.n : end] = k
+        self.full_v[:, self.n : end] = v
+        self.n = end
+
+
+class LocalHeadsCache:
+    """Local heads of one layer: sinks, a ring of recent tokens, M compensation tokens.
+
+    Position p < N0 is in row p; a position p >= N0 of the window in row
+    N0 + H + (p - N0) mod W_cap, with W_cap = ``policy.ring_rows(n_max)``.
+
+    Attributes:
+        local_k, local_v: [Lh, N0 + H + W_cap, D] in ``dtype``.
+        comp: [Lh, M, 2, D] mean key and mean value, float32 (float64 if ``dtype`` is).
+        comp_count: [Lh, M] N_m, dtype of ``comp``; 0 = unused.
+        comp_log_weight: [Lh, M] ln N_m, dtype of ``comp``; -inf = unused.
+        n: tokens of the sequence so far, kept or dropped.
+
+    Raises:
+        UsageError: ALiBi with more than one compensation token (``alibi=True``, M > 1).
+    """
+
+    def __init__(
+        self,
+        policy: RazorPolicy,
+        num_heads: int,
+        head_dim: int,
+        n_max: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        alibi: bool = False,
+    ) -> None:
+        if alibi and policy.comp_tokens > 1:
+            raise UsageError(
+                f"policy.comp_tokens: expected 0 or 1 for a model with ALiBi positions, found "
+                f"{policy.comp_tokens}: a cluster has no single position to take the bias from"
+            )
+        self.policy = policy
+        self.n_max = n_max
+        self.ring_rows = policy.ring_rows(n_max)
+        rows, tokens = policy.local_rows(n_max), policy.comp_tokens
+        exact = compute_dtype(dtype)
+        self.local_k = torch.zeros(num_heads, rows, head_dim, dtype=dtype, device=device)
+        self.local_v = torch.zeros_like(self.local_k)
+        self.comp = torch.zeros(num_heads, tokens, 2, head_dim, dtype=exact, device=device)
+        self.comp_count = torch.zeros(num_heads, tokens, dtype=exact, device=device)
+        self.comp_log_weight = self.comp_count.log()
+        self.n = 0
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.local_k, self.local_v, self.comp, self.comp_count, self.comp_log_weight)
+        return sum(t.nbytes for t in tensors)
+
+    def kept_positions(self) -> Tensor:
+        """Positions held as rows of their own, ascending: sinks, then the window. int64."""
+        every = torch.arange(self.n, device=self.local_k.device)
+        return every[self._is_kept(every, self.policy.dropped(self.n))]
+
+    def row_of(self, positions: Tensor) -> Tensor:
+        """Row of ``local_k`` in which each (kept) position lives."""
+        past_sinks = positions - self.policy.sink_tokens
+        ring = self.policy.kept_rows + past_sinks.remainder(self.ring_rows)
+        return torch.where(past_sinks < 0, positions, ring)
+
+    def rows(self) -> CachedRows:
+        """What queries see: compensation tokens, then sinks and window in position order."""
+        kept = self.kept_positions()
+        index = self.row_of(kept)
+        exact = self.comp.dtype
+        k = torch.cat([self.comp[:, :, 0], self.local_k[:, index].to(exact)], dim=1)
+        v = torch.cat([self.comp[:, :, 1], self.local_v[:, index].to(exact)], dim=1)
+        tokens = self.comp_log_weight.new_zeros(len(self.comp), len(kept))
+        log_weight = torch.cat([self.comp_log_weight, tokens], dim=1)
+        # ALiBi: the compensation token sits in the middle of the dropped range.
+        middle = self.policy.sink_tokens + (self.policy.dropped(self.n) - 1) / 2
+        comp_position = torch.full((self.policy.comp_tokens,), middle, dtype=torch.float64)
+        position = torch.cat([comp_position.to(kept.device), kept.double()])
+        return CachedRows(k, v, log_weight, position)
+
+    def update(self, k: Tensor, v: Tensor) -> None:
+        """Add a chunk of tokens: fold what falls out of the window, store what stays.
+
+        Args:
+            k, v: [Lh, S, D]. Positions N0 + D(n) .. N0 + D(n + S) - 1 are folded in one step;
+                they may lie in the cache, in the chunk, or in both.
+
+        Raises:
+            RazorError: past ``n_max``.
+        """
+        start, end = self.n, _room(self.n, k.shape[1], self.n_max)
+        k, v = k.to(self.local_k.dtype), v.to(self.local_v.dtype)
+        sinks, gone = self.policy.sink_tokens, self.policy.dropped(end)
+        device = self.local_k.device
+
+        folded = torch.arange(sinks + self.policy.dropped(start), sinks + gone, device=device)
+        if len(folded) and self.policy.comp_tokens:
+            # Read before the ring is written: a new token may take the row of a folded one.
+            old, new = self.row_of(folded[folded < start]), folded[folded >= start] - start
+            keys = torch.cat([self.local_k[:, old], k[:, new]], dim=1)
+            values = torch.cat([self.local_v[:, old], v[:, new]], dim=1)
+            for head in range(len(self.comp)):
+                fold(self.comp[head], self.comp_count[head], keys[head], values[head])
+            self.comp_log_weight = self.comp_count.log()
+
+        positions = torch.arange(start, end, device=device)
+        positions = positions[self._is_kept(positions, gone)]
+        index = self.row_of(positions)
+        self.local_k[:, index] = k[:, positions - start]
+        self.local_v[:, index] = v[:, positions - start]
+        self.n = end
+
+    def _is_kept(self, positions: Tensor, gone: int) -> Tensor:
+        sinks = self.policy.sink_tokens
+        return (positions < sinks) | (positions >= sinks + gone)
+
+
+class LayerCache:
+    """Cache and attention of one layer for one sequence: retrieval heads and local heads.
+
+    Args:
+        policy: what local heads keep.
+        retrieval_heads: KV heads that keep everything; None = all of them (dense attention).
+        num_heads, num_kv_heads, head_dim: Hq, Hkv, D.
+        n_max: longest sequence in tokens.
+        dtype: of cached keys and values. Softmax and means are float32, float64 if this is.
+        slopes: [Hq] ALiBi slopes, or None for a model with RoPE.
+        scale: logit scale, 1/√D unless given.
+
+    Attributes:
+        full: FullHeadsCache of the retrieval heads, or None if there are none.
+        local: LocalHeadsCache of the others, or None if there are none.
+        retrieval_heads, local_heads: KV head indices, ascending, in the order of their caches.
+
+    Raises:
+        UsageError: head counts that do not fit, n_max < 1, or ALiBi with M > 1.
+    """
+
+    def __init__(
+        self,
+        policy: RazorPolicy,
+        retrieval_heads: Sequence[int] | None,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        n_max: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        slopes: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        every = range(num_kv_heads)
+        chosen = sorted(set(every if retrieval_heads is None else retrieval_heads))
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise UsageError(
+                f"num_heads: expected a multiple of {num_kv_heads} KV heads, found {num_heads}"
+            )
+        if any(h not in every for h in chosen):
+            raise UsageError(
+                f"retrieval_heads: expected KV heads 0..{num_kv_heads - 1}, found {chosen}"
+            )
+        if n_max < 1:
+            raise UsageError(f"n_max: expected >= 1 token, found {n_max}")
+        if slopes is not None and slopes.shape != (num_heads,):
+            raise UsageError(f"slopes: expected [{num_heads}], found {list(slopes.shape)}")
+        self.retrieval_heads = tuple(chosen)
+        self.local_heads = tuple(h for h in every if h not in chosen)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.n_max = n_max
+        self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        self.slopes = None if slopes is None else group_queries(slopes.to(device), num_kv_heads)
+        self.full: FullHeadsCache | None = None
+        self.local: LocalHeadsCache | None = None
+        if self.retrieval_heads:
+            self.full = FullHeadsCache(len(chosen), head_dim, n_max, dtype, device)
+        if self.local_heads:
+            heads, alibi = len(self.local_heads), slopes is not None
+            self.local = LocalHeadsCache(policy, heads, head_dim, n_max, dtype, device, alibi)
+        self.dtype = dtype
+        self.n = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all state tensors of this layer."""
+        return sum(part.nbytes for part in (self.full, self.local) if part is not None)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a chunk of new tokens, which then join the cache.
+
+        The queries see the cache as it stood before the chunk, and the new tokens causally
+        (docs/semantics.md, "Chunks"). New keys and values are rounded to the cache's dtype first.
+
+        Args:
+            q: [Hq, S, D]. k, v: [Hkv, S, D]. After RoPE, if the model has it.
+
+        Returns:
+            [Hq, S, D] in the dtype of ``q``.
+
+        Raises:
+            UsageError: shapes that do not fit this cache.
+            RazorError: the sequence would grow past ``n_max``; nothing has changed then.
+        """
+        self._check(q, k, v)
+        _room(self.n, q.shape[1], self.n_max)
+        k, v = k.to(self.dtype), v.to(self.dtype)
+        grouped = group_queries(q, self.num_kv_heads)
+        out = torch.empty_like(grouped)
+        for part, heads in ((self.full, self.retrieval_heads), (self.local, self.local_heads)):
+            if part is None:
+                continue
+            mine = list(heads)
+            slopes = None if self.slopes is None else self.slopes[mine]
+            out[mine] = chunk_attention(
+                grouped[mine], part.rows(), k[mine], v[mine], self.n, self.scale, slopes
+            ).to(q.dtype)
+            part.update(k[mine], v[mine])
+        self.n += q.shape[1]
+        return out.flatten(0, 1)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        tokens = q.shape[1] if q.dim() == 3 else 0
+        for name, x, heads in (
+            ("q", q, self.num_heads),
+            ("k", k, self.num_kv_heads),
+            ("v", v, self.num_kv_heads),
+        ):
+            if x.shape != (heads, tokens, self.head_dim):
+                raise UsageError(
+                    f"{name}: expected [{heads}, {tokens or 'S'}, {self.head_dim}], "
+                    f"found {list(x.shape)}"
+                )
+
+
+def new_layer_caches(
+    spec: ModelSpec,
+    policy: RazorPolicy,
+    head_map: HeadMap | None,
+    n_max: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[LayerCache]:
+    """An empty cache for one sequence: one LayerCache a layer.
+
+    Args:
+        head_map: which heads retrieve; None = all of them (dense attention).
+        n_max: longest sequence in tokens.
+
+    Raises:
+        UsageError: the head map is of another model, or ALiBi with M > 1.
+    """
+    if head_map is not None:
+        head_map.check_model(spec.fingerprint(), spec.name, "head map")
+    slopes = None
+    if spec.position == "alibi":
+        slopes = torch.from_numpy(alibi_slopes(spec.num_heads))
+    return [
+        LayerCache(
+            policy,
+            None if head_map is None else head_map.retrieval_heads[layer],
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            n_max,
+            dtype,
+            device,
+            slopes,
+        )
+        for layer in range(spec.num_layers)
+    ]
+
+
+def _room(cached: int, new: int, n_max: int) -> int:
+    """Tokens after adding ``new`` ones. Raises RazorError if they do not fit."""
+    if cached + new > n_max:
+        raise RazorError(
+            f"cache: {cached} tokens cached and {new} new ones exceed its n_max = {n_max}; "
+            f"make the cache with a larger n_max or shorten the prompt"
+        )
+    return cached + new
