@@ -81,15 +81,27 @@ def replace_directory(target: Path) -> Iterator[Path]:
     """Build a directory beside ``target`` and put it in place only when the block succeeds.
 
     Yields the staging folder. On any error or Ctrl-C it is removed and ``target`` is untouched;
-    on success an existing ``target`` is swapped out in one step and then deleted.
+    on success an existing ``target`` is swapped out in one step and then deleted. A symbolic link
+    stays: the folder it points to is replaced.
+
+    Raises:
+        RazorError: the target is a file or a mount point, or the disk cannot take the new folder.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise RazorError(f"{target}: expected a folder or nothing, found a file; give another path")
+    if os.path.ismount(target):
+        raise RazorError(
+            f"{target}: is a mount point and cannot be swapped; give a folder inside it"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
         os.chmod(staging, 0o755)
     except OSError as e:
-        raise RazorError(f"{target.parent}: cannot create the engine folder: {e.strerror}") from None
+        raise RazorError(
+            f"{target.parent}: cannot create the engine folder: {e.strerror}"
+        ) from None
     try:
         yield staging
         if not target.exists():

@@ -64,7 +64,10 @@ class HeadMap:
                 list(heads),
             )
             _require(
-                list(heads) == sorted(set(heads)), where, "ascending and unique indices", list(heads)
+                list(heads) == sorted(set(heads)),
+                where,
+                "ascending and unique indices",
+                list(heads),
             )
         for name, table in self.scores.items():
             _require(
@@ -81,7 +84,7 @@ class HeadMap:
                     f"{self.num_kv_heads} numbers",
                     f"{len(row)} numbers",
                 )
-                _require(all(math.isfinite(x) for x in row), where, "finite numbers", list(row))
+                _require(all(_finite(x) for x in row), where, "finite numbers", list(row))
 
     # Views ------------------------------------------------------------------------------------
     @property
@@ -146,12 +149,14 @@ class HeadMap:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write atomically, one layer a line so that a diff can be read."""
+        """Write atomically, one layer a line so that a diff can be read; scores to six digits."""
         data = self.to_json()
         heads, scores = data.pop("retrieval_heads"), data.pop("scores")
         head = json.dumps(data, indent=1)[:-2]
         lines = [head + ',\n "retrieval_heads": [']
-        lines += [f"  {json.dumps(h)}{',' if i + 1 < len(heads) else ''}" for i, h in enumerate(heads)]
+        lines += [
+            f"  {json.dumps(h)}{',' if i + 1 < len(heads) else ''}" for i, h in enumerate(heads)
+        ]
         lines.append(' ],\n "scores": {')
         for k, (name, table) in enumerate(scores.items()):
             lines.append(f"  {json.dumps(name)}: [")
@@ -168,10 +173,10 @@ class HeadMap:
         """Build from parsed JSON. Raises UsageError naming the wrong field."""
         if not isinstance(data, dict) or data.get("schema") != "trt_razor.headmap":
             raise UsageError(f"{where}: schema: expected 'trt_razor.headmap'; not a head map file")
-        if data.get("version") != SCHEMA_VERSION:
-            raise UsageError(
-                f"{where}: version: expected {SCHEMA_VERSION}, found {data.get('version')!r}"
-            )
+        version = data.get("version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            found = repr(version)[:80]
+            raise UsageError(f"{where}: version: expected {SCHEMA_VERSION}, found {found}")
         try:
             return cls(
                 model=_get(data, "model", str),
@@ -208,6 +213,13 @@ class HeadMap:
         return cls.from_json(data, str(path))
 
 
+def _finite(x: float) -> bool:
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond the range of a float
+        return False
+
+
 def _require(ok: bool, where: str, expected: str, found: object) -> None:
     if not ok:
         text = repr(found)
@@ -237,6 +249,6 @@ def _table(rows: Sequence[Any], where: str, kind: Any) -> tuple[tuple[Any, ...],
             raise UsageError(f"{where}[{i}]: expected a list, found {type(row).__name__}")
         for x in row:
             if not isinstance(x, kind) or isinstance(x, bool):
-                raise UsageError(f"{where}[{i}]: expected numbers, found {x!r}")
+                raise UsageError(f"{where}[{i}]: expected numbers, found {repr(x)[:80]}")
         out.append(tuple(row))
     return tuple(out)

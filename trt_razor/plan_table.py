@@ -77,13 +77,14 @@ def render(result: Plan) -> RenderableType:
         )
     row("decode attention, expected", "", "", p.attention_speedup)
 
-    window = p.policy.window(p.max_seq_len)
+    window = min(p.policy.window(p.max_seq_len), p.max_seq_len)
+    means = f"{p.policy.comp_tokens} compensation token" + "s" * (p.policy.comp_tokens != 1)
     starts = "never" if p.compression_starts is None else f"at {p.compression_starts:,} tokens"
     lines = [
         f"parameters {p.parameters / 1e9:.2f} B · retrieval heads {p.retrieval_share:.1%}"
         + (f" ({p.rank_share:.1%} on a rank)" if p.tp_size > 1 else ""),
         f"local heads: {p.policy.sink_tokens} sinks, window {window:,} of {p.max_seq_len:,} tokens, "
-        f"{p.policy.comp_tokens} compensation tokens; compression starts {starts}",
+        f"{means}; compression starts {starts}",
     ]
     notes = [Text(line) for line in lines]
     notes += [Text(f"assumed: {line}", style="dim") for line in p.assumptions]

@@ -1,22 +1,31 @@
-"""Bytes and batch sizes from the model's shape alone: what an engine needs before it is built.
+"""What a model needs on a GPU, dense and Razor, from its shape alone: before any weight is read.
 
-Two kinds of figures, never mixed:
-
-* capacity: what the cache of an engine allocates per slot for ``max_seq_len`` tokens
-  (``cache_tensors``, ``cache_bytes``): exact to the byte, one definition for graph and backends;
-* need: what a sequence of ``n`` tokens really keeps and a decode step reads (``kv_at``).
-
-Pure Python: no NumPy, no torch, no weights. See docs/planning.md.
+The cache itself is defined in ``cache_layout``, the split over GPUs in ``sharding``, the printed
+table in ``plan_table``; what the figures mean is told in docs/planning.md.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trt_razor.errors import UsageError, did_you_mean
+from trt_razor.cache_layout import (
+    CacheBytes,
+    CacheTensor,
+    KvNeed,
+    cache_bytes,
+    cache_tensors,
+    check_positive,
+    dtype_bytes,
+    head_split,
+    kept_share,
+    kv_at,
+    layer_tensors,
+    need_bytes,
+    sum_bytes,
+)
+from trt_razor.errors import UsageError
 from trt_razor.gpus import GPU, find_gpu
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
@@ -25,8 +34,6 @@ from trt_razor.policy import RazorPolicy
 from trt_razor.sharding import (
     HeadSplit,
     ceil_div,
-    check_share,
-    count_heads,
     decode_weight_elements,
     rank_split,
     spread,
@@ -51,8 +58,6 @@ __all__ = [
     "render",
 ]
 
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-
 MEMORY_FRACTION = 0.9
 """Share of a GPU's memory that a plan hands out."""
 
@@ -61,190 +66,6 @@ RUNTIME_RESERVE = 1 << 30
 
 PREFILL_TOKENS = 8192
 """Longest prefill chunk that the activation reserve covers."""
-
-
-# Capacity: the cache of an engine --------------------------------------------------------------
-@dataclass(frozen=True)
-class CacheTensor:
-    """One cache tensor of an engine: a graph input and output. ``shape`` is without the batch."""
-
-    name: str
-    layer: int
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def kind(self) -> str:
-        """The name without its layer: ``full_k``, ``local_k``, ``comp`` …"""
-        return self.name.rpartition("_")[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes per slot."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class CacheBytes:
-    """Bytes of a cache: per slot and kind of tensor, per slot, and for all ``batch`` slots."""
-
-    by_kind: dict[str, int]
-    per_slot: int
-    batch: int
-
-    @property
-    def total(self) -> int:
-        return self.per_slot * self.batch
-
-
-def cache_tensors(
-    spec: ModelSpec,
-    head_map: HeadMap | None,
-    policy: RazorPolicy | None,
-    max_seq_len: int,
-    kv_dtype: str = "float16",
-) -> list[CacheTensor]:
-    """The cache of an engine: every tensor, layer by layer, in the order of the graph's inputs.
-
-    Per layer with R retrieval and Lh local KV heads, D = ``head_dim``, M = ``comp_tokens``:
-    ``full_k, full_v`` [R, max_seq_len, D]; ``local_k, local_v`` [Lh, policy.local_rows, D], both in
-    ``kv_dtype``; ``comp`` [Lh, M, 2, D], ``comp_log_weight`` [Lh, M] and ``comp_count`` [Lh, M] in
-    float32. Tensors without elements do not exist. ``head_map`` None = dense: all heads are full.
-
-    Raises:
-        UsageError: the head map has another shape than the model, a head map without a policy, an
-            unknown dtype, or a length below 1.
-    """
-    return _cache_tensors(_head_split(spec, head_map), spec.head_dim, policy, max_seq_len, kv_dtype)
-
-
-def cache_bytes(
-    spec: ModelSpec,
-    head_map: HeadMap | None,
-    policy: RazorPolicy | None,
-    max_seq_len: int,
-    batch: int = 1,
-    kv_dtype: str = "float16",
-) -> CacheBytes:
-    """Bytes that the cache of an engine with ``batch`` slots allocates (see ``cache_tensors``)."""
-    _positive("batch", batch)
-    return _sum_bytes(cache_tensors(spec, head_map, policy, max_seq_len, kv_dtype), batch)
-
-
-def _cache_tensors(
-    split: HeadSplit, head_dim: int, policy: RazorPolicy | None, max_seq_len: int, kv_dtype: str
-) -> list[CacheTensor]:
-    _positive("max_seq_len", max_seq_len)
-    dtype_bytes(kv_dtype)
-    out: list[CacheTensor] = []
-    for i, (retrieval, local) in enumerate(split):
-        if local and policy is None:
-            raise UsageError("policy: missing; a head map with local heads needs one")
-        rows = policy.local_rows(max_seq_len) if policy else 0
-        comp = policy.comp_tokens if policy else 0
-        for name, shape, dtype in (
-            ("full_k", (retrieval, max_seq_len, head_dim), kv_dtype),
-            ("full_v", (retrieval, max_seq_len, head_dim), kv_dtype),
-            ("local_k", (local, rows, head_dim), kv_dtype),
-            ("local_v", (local, rows, head_dim), kv_dtype),
-            ("comp", (local, comp, 2, head_dim), "float32"),
-            ("comp_log_weight", (local, comp), "float32"),
-            ("comp_count", (local, comp), "float32"),
-        ):
-            if math.prod(shape):
-                out.append(CacheTensor(f"{name}_{i}", i, shape, dtype))
-    return out
-
-
-def _sum_bytes(tensors: Iterable[CacheTensor], batch: int) -> CacheBytes:
-    by_kind: dict[str, int] = {}
-    for t in tensors:
-        by_kind[t.kind] = by_kind.get(t.kind, 0) + t.nbytes
-    return CacheBytes(by_kind, sum(by_kind.values()), batch)
-
-
-def _head_split(spec: ModelSpec, head_map: HeadMap | None) -> list[tuple[int, int]]:
-    if head_map is None:
-        return [(spec.num_kv_heads, 0)] * spec.num_layers
-    found = (head_map.num_layers, head_map.num_kv_heads)
-    if found != (spec.num_layers, spec.num_kv_heads):
-        raise UsageError(
-            f"head map of '{head_map.model}': expected {spec.num_layers} layers x "
-            f"{spec.num_kv_heads} KV heads for model '{spec.name}', found {found[0]} x {found[1]}"
-        )
-    return [(len(heads), spec.num_kv_heads - len(heads)) for heads in head_map.retrieval_heads]
-
-
-# Need: what a sequence of n tokens keeps -------------------------------------------------------
-@dataclass(frozen=True)
-class KvNeed:
-    """KV of one sequence of ``tokens`` tokens, whole model.
-
-    Attributes:
-        full_bytes, razor_bytes: bytes kept (and read by one decode step), dense and Razor.
-        kept: the share r + (1 - r)·(N0 + 2M + L(n))/n of ``kept_share``, for 16-bit caches.
-    """
-
-    tokens: int
-    full_bytes: int
-    razor_bytes: int
-    kept: float
-
-    @property
-    def ratio(self) -> float:
-        """Dense bytes / Razor bytes."""
-        return self.full_bytes / self.razor_bytes
-
-
-def kept_share(share: float, policy: RazorPolicy, n: int) -> float:
-    """KV kept / full KV at ``n`` tokens: r + (1 - r)·(N0 + 2M + L(n))/n, and 1 while nothing drops.
-
-    ``share`` is r, retrieval heads / KV heads. 2M because means are fp32 beside a 16-bit cache.
-    """
-    _positive("n", n)
-    check_share(share)
-    if policy.dropped(n) == 0:
-        return 1.0
-    rows = policy.sink_tokens + 2 * policy.comp_tokens + policy.window(n)
-    return share + (1 - share) * rows / n
-
-
-def kv_at(
-    spec: ModelSpec,
-    share_or_map: float | HeadMap,
-    policy: RazorPolicy,
-    n: int,
-    kv_dtype: str = "float16",
-) -> KvNeed:
-    """Bytes that a sequence of ``n`` tokens really needs: not capacity, no unused row.
-
-    ``share_or_map``: a head map, or r in 0..1 (the number of retrieval heads is rounded up).
-    Compensation rows count once tokens are dropped: a row of k and v means, its log-weight and its
-    count, all fp32; at most D(n) rows are in use.
-    """
-    _positive("n", n)
-    if isinstance(share_or_map, HeadMap):
-        _head_split(spec, share_or_map)
-        retrieval, share = share_or_map.num_retrieval, share_or_map.share
-    else:
-        share = share_or_map
-        retrieval = count_heads(share, spec.num_layers * spec.num_kv_heads)
-    heads = spec.num_layers * spec.num_kv_heads
-    return KvNeed(
-        tokens=n,
-        full_bytes=_need(heads, 0, spec.head_dim, policy, n, kv_dtype),
-        razor_bytes=_need(retrieval, heads - retrieval, spec.head_dim, policy, n, kv_dtype),
-        kept=kept_share(share, policy, n),
-    )
-
-
-def _need(
-    retrieval: int, local: int, head_dim: int, policy: RazorPolicy, n: int, kv_dtype: str
-) -> int:
-    dropped = policy.dropped(n)
-    row = 2 * head_dim * dtype_bytes(kv_dtype)
-    comp = min(policy.comp_tokens, dropped) * (2 * head_dim + 2) * DTYPE_BYTES["float32"]
-    return retrieval * n * row + local * ((n - dropped) * row + comp)
 
 
 # The plan --------------------------------------------------------------------------------------
@@ -329,7 +150,7 @@ def plan(
     check_seq_len(spec, max_seq_len)
     _check_parallel(spec, tp_size, pp_size)
     if batch is not None:
-        _positive("batch", batch)
+        check_positive("batch", batch)
     if spec.position == "alibi" and policy.comp_tokens > 1:
         raise UsageError(
             f"policy.comp_tokens: expected 0 or 1 for '{spec.name}', an ALiBi model, found "
@@ -338,28 +159,28 @@ def plan(
     gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if head_map is not None:
         head_map.check_model(spec.fingerprint(), spec.name, "head map")
-        split = _head_split(spec, head_map)
+        split = head_split(spec, head_map)
     else:
         split = spread(retrieval_share, spec.num_layers, spec.num_kv_heads)
-    rank_split = rank_split(split, tp_size)
-    dense = [(r + local, 0) for r, local in rank_split]
+    razor = rank_split(split, tp_size)
+    dense = [(r + local, 0) for r, local in razor]
 
-    stages = stages(spec.num_layers, pp_size)
+    parts = stages(spec.num_layers, pp_size)
     weights = [
         weight_elements(spec, tp_size, first, last) * dtype_bytes(weight_dtype)
-        for first, last in stages
+        for first, last in parts
     ]
 
     def capacity(heads: HeadSplit) -> int:
-        tensors = _cache_tensors(heads, spec.head_dim, policy, max_seq_len, kv_dtype)
-        return _sum_bytes(tensors, 1).per_slot
+        tensors = layer_tensors(heads, spec.head_dim, policy, max_seq_len, kv_dtype)
+        return sum_bytes(tensors, 1).per_slot
 
     def reads(heads: HeadSplit) -> int:
         r, local = (sum(x) for x in zip(*heads, strict=True))
-        return _need(r, local, spec.head_dim, policy, max_seq_len, kv_dtype)
+        return need_bytes(r, local, spec.head_dim, policy, max_seq_len, kv_dtype)
 
-    kv_full = [capacity(dense[a:b]) for a, b in stages]
-    kv_razor = [capacity(rank_split[a:b]) for a, b in stages]
+    kv_full = [capacity(dense[a:b]) for a, b in parts]
+    kv_razor = [capacity(razor[a:b]) for a, b in parts]
     activations = _activation_bytes(spec, max_seq_len, tp_size, dtype_bytes(weight_dtype))
     budget = max_full = max_razor = speed_full = speed_razor = None
     if gpu is not None:
@@ -370,10 +191,10 @@ def plan(
         if pp_size == 1:
             read = decode_weight_elements(spec, tp_size) * dtype_bytes(weight_dtype)
             speed_full = _tokens_s(gpu, batch, max_full, read, reads(dense))
-            speed_razor = _tokens_s(gpu, batch, max_razor, read, reads(rank_split))
+            speed_razor = _tokens_s(gpu, batch, max_razor, read, reads(razor))
 
     heads = spec.num_layers * spec.num_kv_heads
-    rank_heads = sum(r + local for r, local in rank_split)
+    rank_heads = sum(r + local for r, local in razor)
     result = Plan(
         model=spec.name,
         parameters=spec.num_parameters(),
@@ -384,14 +205,14 @@ def plan(
         kv_dtype=kv_dtype,
         policy=policy,
         retrieval_share=sum(r for r, _ in split) / heads,
-        rank_share=sum(r for r, _ in rank_split) / rank_heads,
+        rank_share=sum(r for r, _ in razor) / rank_heads,
         weight_bytes=spec.num_parameters() * dtype_bytes(weight_dtype),
         weight_bytes_per_gpu=max(weights),
         kv_full_bytes=capacity([(spec.num_kv_heads, 0)] * spec.num_layers),
         kv_razor_bytes=capacity(split),
         kv_full_bytes_per_gpu=max(kv_full),
         kv_razor_bytes_per_gpu=max(kv_razor),
-        attention_speedup=reads(dense) / reads(rank_split),
+        attention_speedup=reads(dense) / reads(razor),
         compression_starts=None if policy.compression == 1 else policy.first_drop(),
         gpu=gpu,
         activation_bytes_per_gpu=activations,
@@ -417,7 +238,7 @@ def plan_to_json(result: Plan) -> dict[str, Any]:
 
 def check_seq_len(spec: ModelSpec, max_seq_len: int) -> None:
     """Raises UsageError if ``max_seq_len`` is below 1 or beyond the model's positions."""
-    _positive("max_seq_len", max_seq_len)
+    check_positive("max_seq_len", max_seq_len)
     if max_seq_len > spec.max_positions:
         hint = (
             "a longer context needs a config.json with rope_scaling (linear, llama3 or yarn) and "
@@ -429,13 +250,6 @@ def check_seq_len(spec: ModelSpec, max_seq_len: int) -> None:
             f"max_seq_len: expected at most {spec.max_positions}, the positions of '{spec.name}', "
             f"found {max_seq_len}; {hint}"
         )
-
-
-def dtype_bytes(name: str) -> int:
-    """Bytes per element. Raises UsageError for a dtype that engines do not have."""
-    if name not in DTYPE_BYTES:
-        raise UsageError(f"dtype {name!r}: unknown; {did_you_mean(name, DTYPE_BYTES)}")
-    return DTYPE_BYTES[name]
 
 
 def _assumptions(head_map: HeadMap | None, tp_size: int, gpu: GPU | None) -> Iterable[str]:
@@ -502,14 +316,11 @@ def _warnings(spec: ModelSpec, p: Plan, split: HeadSplit) -> Iterable[str]:
 
 
 # Checks and small sums -----------------------------------------------------------------------
-def _positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name}: expected an integer >= 1, found {value!r}")
 
 
 def _check_parallel(spec: ModelSpec, tp_size: int, pp_size: int) -> None:
-    _positive("tp_size", tp_size)
-    _positive("pp_size", pp_size)
+    check_positive("tp_size", tp_size)
+    check_positive("pp_size", pp_size)
     if spec.num_heads % tp_size:
         raise UsageError(
             f"tp_size: expected a divisor of the {spec.num_heads} attention heads of "

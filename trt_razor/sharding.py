@@ -53,9 +53,7 @@ def stages(num_layers: int, pp_size: int) -> list[tuple[int, int]]:
 
 
 # Weights and activations -----------------------------------------------------------------------
-def rank_shape(
-    spec: ModelSpec, name: str, shape: tuple[int, ...], tp_size: int
-) -> tuple[int, ...]:
+def rank_shape(spec: ModelSpec, name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
     """Shape of a weight on one rank: Megatron-style column and row splits, norms on every rank."""
     leaf = name.split(".")[-2]
     if leaf in ("k_proj", "v_proj"):
@@ -91,5 +89,3 @@ def decode_weight_elements(spec: ModelSpec, tp_size: int) -> int:
     if spec.tie_embeddings:
         return total
     return total - ceil_div(spec.vocab_size, tp_size) * spec.hidden_size
-
-

@@ -23,8 +23,8 @@ comp_count         [B, Lh, M]                  float32  N_m
 =================  ==========================  =======  =============================================
 
 Outputs: ``out`` [B, S, Hq D], then the caches in the same order, updated. An executor may give an
-output the memory of its input (updated in place): every read of an old local cache happens before
-its write, by data dependence and not by luck (see ``_Body._update_local``).
+output the memory of its input (updated in place): every read of an old cache happens before its
+write, by data dependence and not by luck (``_Body._update_local``, ``_Body._read_comp``).
 
 A row with ``chunk = 0`` changes nothing that is valid, provided ``past < N_max``. Unused rows of a
 cache must hold finite numbers.
@@ -324,13 +324,12 @@ class _Body:
         old_mask = n.unsqueeze(self._mask(valid), 1, 2, 3)  # [B, 1, 1, 1, rows]
         parts = [self._bias(self._scores(q, old_k, lh), old_mask, heads, n.unsqueeze(pos, 1))]
         if cfg.has_comp:
-            comp_k, comp_v = (
-                n.op("Gather", "comp", n.int(i), axis=3) for i in (0, 1)
-            )  # [B, Lh, M, D] float32
+            self._read_comp()
+            comp_k, comp_v = self.comp_k, self.comp_v
             q32 = n.mul(n.cast(q, "float32"), n.float(cfg.head_dim**-0.5)) if self.half else q
             s = n.transposed_matmul(q32, comp_k, 4)
             s = n.reshape(s, self.batch, lh, self.g, self.seq, -1)
-            log_weight = n.unsqueeze("comp_log_weight", 2, 3)
+            log_weight = n.unsqueeze(self.log_weight, 2, 3)
             middle = n.sub(n.cast(self.d0, "float32"), n.float(1.0))
             middle = n.add(n.mul(middle, n.float(0.5)), n.float(float(self.n0)))
             parts.append(self._bias(s, log_weight, heads, n.unsqueeze(middle, 1)))
@@ -379,6 +378,14 @@ class _Body:
             n.op("ScatterND", name, put, update, out=f"{name}_out")
 
     # Compensation -------------------------------------------------------------------------------
+    def _read_comp(self) -> None:
+        """Copies of the compensation state: what is written later depends on these alone."""
+        n, m = self.n, self.cfg.policy.comp_tokens
+        # [B, Lh, M, D] float32 each
+        self.comp_k, self.comp_v = (n.op("Gather", "comp", n.int(i), axis=3) for i in (0, 1))
+        pair = n.concat("comp_log_weight", "comp_count", axis=2)
+        self.log_weight, self.count = n.split(pair, [m, m], axis=2)
+
     def _fold(self, k: str, v: str, old_k: str, old_v: str, end: str) -> None:
         """Fold positions N0 + D(t0) .. N0 + D(t1) − 1 into the M cluster means."""
         n, cfg, lh = self.n, self.cfg, len(self.cfg.local_heads)
@@ -411,8 +418,8 @@ class _Body:
         both = n.concat(keys, values, axis=3)  # [B, Lh, S, 2D]
         sums = n.op("MatMul", n.transpose(assign, 0, 1, 3, 2), both)  # [B, Lh, M, 2D]
         added = n.sum(assign, 2)  # [B, Lh, M]
-        count = n.op("Add", "comp_count", added, out="comp_count_out")
-        mean = n.reshape("comp", self.batch, lh, m, 2 * d)
+        count = n.op("Add", self.count, added, out="comp_count_out")
+        mean = n.concat(self.comp_k, self.comp_v, axis=3)
         # mean += (sum − F·mean) / (N + F): exact for the first token, stable for millions.
         delta = n.sub(sums, n.mul(n.unsqueeze(added, 3), mean))
         delta = n.div(delta, n.unsqueeze(n.op("Max", count, n.float(1.0)), 3))
@@ -425,7 +432,7 @@ class _Body:
         clusters = n.const(np.arange(m, dtype=np.int64))
         # A later fold: the first min(U, F) keys open the unused clusters in order, every other key
         # joins the nearest cluster that was in use before the fold.
-        unused = n.op("Less", "comp_count", n.float(0.5))  # [B, Lh, M]
+        unused = n.op("Less", self.count, n.float(0.5))  # [B, Lh, M]
         unused_f = n.cast(unused, "float32")
         before = n.const(np.triu(np.ones((m, m), np.float32), 1))
         rank = n.cast(n.op("MatMul", unused_f, before), "int64")  # unused clusters before this one
@@ -435,8 +442,7 @@ class _Body:
         )
         num_unused = n.unsqueeze(n.cast(n.sum(unused_f, 2, keepdims=1), "int64"), 2)
         penalty = n.unsqueeze(n.mul(unused_f, n.float(-MASKED)), 2)
-        centroids = n.op("Gather", "comp", n.int(0), axis=3)
-        nearest = self._nearest(keys, centroids, penalty, clusters)
+        nearest = self._nearest(keys, self.comp_k, penalty, clusters)
         later = n.select(n.op("Less", token, num_unused), opens, nearest)
 
         # The first fold of a sequence (nothing dropped before): Lloyd's algorithm. It is rare, so it

@@ -28,8 +28,7 @@ def product_norm(a: np.ndarray, b: np.ndarray) -> float:
     With A ᵀ= Q_a R_a and Bᵀ = Q_b R_b, the orthogonal factors change no norm:
     ‖AᵀB‖₂ = ‖R_a R_bᵀ‖₂, a d × d matrix.
     """
-    r_a = np.linalg.qr(a.T.astype(np.float64), mode="r")
-    r_b = np.linalg.qr(b.T.astype(np.float64), mode="r")
+    r_a, r_b = (np.asarray(np.linalg.qr(m.T.astype(np.float64), mode="r")) for m in (a, b))
     return float(np.linalg.norm(r_a @ r_b.T, 2))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trt_razor.models.checkpoint import Checkpoint
 
 SCOPE_METHOD = "alibi-scope"
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float64")
 MAX_SEEDS = 64
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +41,7 @@ class FindOptions:
         method: ``paper``, ``combined``, ``echo`` or ``induction`` for RoPE models (see
             :class:`SelectionOptions`, where the shares and ``min_echo`` are explained),
             ``alibi-scope`` for ALiBi models; None takes ``paper`` or ``alibi-scope`` by model.
-        dtype: of the weights and activations; scores are computed in float32 whatever it is.
+        dtype: of all arithmetic, whatever the checkpoint's own: ``float32`` or ``float64``.
         device: where layers run, as torch spells it.
         window: ALiBi: a head that can see farther than this many tokens retrieves; None takes the
             default policy's ``min_window``.
@@ -220,9 +220,8 @@ def probe_scores(
     if progress is not None:
         progress(what, 0, steps)
     with torch.inference_mode():
-        decoder = ReferenceDecoder(
-            checkpoint, dtype=getattr(torch, dtype), device=str(where), keep_weights=False
-        )
+        weights = _LayerMemo(checkpoint) if len(probes) > 1 else checkpoint
+        decoder = ReferenceDecoder(weights, getattr(torch, dtype), where, keep_weights=False)
         tokens = [torch.from_numpy(p.tokens).to(where) for p in probes]
         states = [decoder.embed(t) for t in tokens]
         for layer in range(spec.num_layers):
@@ -239,6 +238,25 @@ def probe_scores(
                 if progress is not None:
                     progress(what, layer * len(probes) + i + 1, steps)
     return out[0], out[1]
+
+
+class _LayerMemo:
+    """Weights of the layer in use, so that several probes cost one reading of the file."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.spec = checkpoint.spec
+        self._checkpoint = checkpoint
+        self._layer = ""
+        self._held: dict[str, np.ndarray[Any, Any]] = {}
+
+    def tensor(self, name: str) -> np.ndarray[Any, Any]:
+        layer = ".".join(name.split(".")[:3])  # model.layers.<i>
+        if layer != self._layer:
+            self._held.clear()
+            self._layer = layer
+        if name not in self._held:
+            self._held[name] = self._checkpoint.tensor(name)
+        return self._held[name]
 
 
 def _find_by_scope(
@@ -267,7 +285,7 @@ def _find_by_scope(
         )
     heads = select_by_scope(scopes, window, options.scope_share)
     count = sum(map(len, heads))
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if count == scopes.size:
         warnings = (
             f"every head's scope exceeds the window of {window} tokens, so no cache is saved; "

@@ -80,7 +80,7 @@ def head_scores(
     Returns:
         two tensors [Hq], the dtype of ``lse``, values in 0..1.
     """
-    heads, n, dim = q.shape
+    heads, n = lse.shape
     kv_heads = k.shape[0]
     group = heads // kv_heads
     lse = lse.view(kv_heads, group, n)

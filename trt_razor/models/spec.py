@@ -224,7 +224,7 @@ def spec_from_hf_config(
         qk_norm=architecture == "qwen3",
         tie_embeddings=c.boolean("tie_word_embeddings", False),
         norm_head=architecture == "baichuan" and _norm_head(c, vocab_size),
-        bos_token_id=c.token_ids("bos_token_id")[0] if c.token_ids("bos_token_id") else None,
+        bos_token_id=next(iter(c.token_ids("bos_token_id")), None),
         eos_token_ids=c.token_ids("eos_token_id"),
         torch_dtype=dtype,
     )
@@ -294,11 +294,8 @@ def _architecture(c: _Fields) -> str:
     if names:
         found = _ARCHITECTURE_OF_CLASS.get(names[0])
         if found is None:
-            hint = did_you_mean(names[0], _ARCHITECTURE_OF_CLASS)
             raise UsageError(
-                f"{c.where}: architectures: {names[0]!r} is not supported; {hint}"
-                if hint.startswith("known")
-                else f"{c.where}: architectures: {names[0]!r} is not supported; supported: "
+                f"{c.where}: architectures: {names[0]!r} is not supported; supported: "
                 f"{', '.join(_ARCHITECTURE_OF_CLASS)}"
             )
         return found
@@ -360,15 +357,14 @@ def _rope(c: _Fields, max_positions: int) -> RopeSpec:
     raw = c.get(name) or {}
     if not isinstance(raw, Mapping):
         c.fail(name, "an object", raw)
-    r = _Fields({**c.data, **raw}, c.where, prefix=f"{name}.")
     if any(isinstance(v, Mapping) for v in raw.values()):
         c.fail(name, "one set of values for all layers", raw)
-    partial = r.number("partial_rotary_factor", 0.0, 1.0, 1.0)
-    if partial != 1.0:
-        c.fail("partial_rotary_factor", "1 (every dimension of a head is rotated)", partial)
-    theta = r.number("rope_theta", 1.0, 1e15, 10000.0)
-    # Only the scaling's own keys count from here on, not the config's.
     s = _Fields(raw, c.where, prefix=f"{name}.")
+    holder = s if "partial_rotary_factor" in s else c
+    partial = holder.number("partial_rotary_factor", 0.0, 1.0, 1.0)
+    if partial != 1.0:
+        holder.fail("partial_rotary_factor", "1 (all of a head is rotated)", partial)
+    theta = (s if "rope_theta" in s else c).number("rope_theta", 2.0, 1e15, 10000.0)
     kind = s.get("rope_type") or s.get("type") or "default"
     if kind == "default":
         return RopeSpec(theta=theta)

@@ -164,7 +164,7 @@ class LocalHeadsCache:
             values = torch.cat([self.local_v[:, old], v[:, new]], dim=1)
             for head in range(len(self.comp)):
                 fold(self.comp[head], self.comp_count[head], keys[head], values[head])
-            self.comp_log_weight = self.comp_count.log()
+            self.comp_log_weight.copy_(self.comp_count.log())
 
         positions = torch.arange(start, end, device=device)
         positions = positions[self._is_kept(positions, gone)]

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trt_razor.heads.scores import causal_attention, group_max, head_scores
+
+
+def plain_map(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """The whole causal attention map [Hq, n, n], the slow and obvious way."""
+    n = q.shape[1]
+    k = k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+    logits = (q @ k.transpose(1, 2)) * scale
+    return logits.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf).softmax(-1)
+
+
+def plain_scores(
+    weights: torch.Tensor, length: int, repeats: int, offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both scores read off an attention map, row by row and repeat by repeat."""
+    heads, n, _ = weights.shape
+    echo, induction = torch.zeros(heads), torch.zeros(heads)
+    for row in range(offset + length, n):
+        for earlier in range((row - offset) % length + offset, row, length):
+            echo += weights[:, row, earlier]
+            induction += weights[:, row, earlier + 1]
+    rows = n - offset - length
+    return echo / rows, induction / rows
+
+
+def random_qkv(heads: int, kv: int, n: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(2 * torch.randn(h, n, dim, generator=g) for h in (heads, kv, kv))
+
+
+@pytest.mark.parametrize("heads, kv", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("slab", [1, 3000, 1 << 20])
+def test_against_the_whole_map(heads: int, kv: int, offset: int, slab: int) -> None:
+    length, repeats, dim = 13, 4, 8
+    q, k, v = random_qkv(heads, kv, offset + length * repeats, dim)
+    scale = dim**-0.5
+    weights = plain_map(q, k, scale)
+    out, lse = causal_attention(q, k, v, scale, slab_bytes=slab)
+    torch.testing.assert_close(
+        out, weights @ v.repeat_interleave(heads // kv, 0), atol=1e-5, rtol=1e-5
+    )
+    echo, induction = head_scores(q, k, lse, scale, length, repeats, offset)
+    want_echo, want_induction = plain_scores(weights, length, repeats, offset)
+    torch.testing.assert_close(echo, want_echo, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(induction, want_induction, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_inputs_are_scored_in_float32() -> None:
+    q, k, v = (t.half() for t in random_qkv(2, 1, 33, 8))
+    out, lse = causal_attention(q, k, v, 0.3)
+    assert out.dtype == lse.dtype == torch.float32
+    want = plain_map(q.float(), k.float(), 0.3) @ v.float()
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
+def test_float64_stays_float64() -> None:
+    q, k, v = (t.double() for t in random_qkv(2, 2, 33, 8))
+    out, _ = causal_attention(q, k, v, 0.3)
+    torch.testing.assert_close(out, plain_map(q, k, 0.3) @ v, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shift, echo_is, induction_is", [(0, 1.0, 0.0), (1, 0.0, 1.0)])
+def test_hand_made_echo_and_induction_heads(
+    shift: int, echo_is: float, induction_is: float
+) -> None:
+    """Keys are one-hot token names; the query asks for its own token, or for the next one."""
+    length, repeats = 6, 3
+    names = torch.arange(length).repeat(repeats)
+    one_hot = torch.nn.functional.one_hot(names, length).float()
+    k = one_hot[None]
+    # The key that follows token x carries the name of token x + 1.
+    q = 60.0 * one_hot.roll(-shift, dims=1 if shift == 0 else 0)[None]
+    _, lse = causal_attention(q, k, k, 1.0)
+    echo, induction = head_scores(q, k, lse, 1.0, length, repeats, 0)
+    # A row also sees itself: an echo head shares its weight among itself and r - 1 earlier ones,
+    # the induction head's token x + 1 occurs r - 1 times before (r - 1 of r - 1 for all rows).
+    if shift == 0:
+        assert echo.item() == pytest.approx((1 / 2 + 2 / 3) / 2, abs=1e-6)
+    else:
+        assert induction.item() == pytest.approx(induction_is, abs=1e-6)
+        assert echo.item() == pytest.approx(echo_is, abs=1e-6)
+    assert echo_is + induction_is == 1
+
+
+def test_group_max() -> None:
+    scores = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.9, 0.0, 0.0, 0.5]])
+    assert torch.equal(group_max(scores, 2), torch.tensor([[0.4, 0.3], [0.9, 0.5]]))
+    assert torch.equal(group_max(scores, 4), scores)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.numel())
+        return result
+
+
+def largest_tensor(length: int) -> int:
+    repeats, dim = 4, 4
+    q, k, v = random_qkv(4, 2, length * repeats, dim)
+    with LargestTensor() as mode:
+        _, lse = causal_attention(q, k, v, 0.5, slab_bytes=1 << 14)
+        head_scores(q, k, lse, 0.5, length, repeats, 0)
+    return mode.largest
+
+
+def test_memory_is_linear_in_the_probe_length() -> None:
+    short, long = largest_tensor(250), largest_tensor(1000)
+    assert short < 4 * 1000 * 4 * 2  # a map would be 4 * 1000 * 1000
+    assert long <= 4 * short
+
+
+def test_the_default_slab_bounds_the_temporary() -> None:
+    n = 4096
+    q, k, v = random_qkv(2, 2, n, 4)
+    with LargestTensor() as mode:
+        causal_attention(q, k, v, 0.5)
+    assert mode.largest <= (8 << 20) // 4  # elements of float32; a map has 2 * 4096 * 4096
