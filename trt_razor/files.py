@@ -88,13 +88,15 @@ def replace_directory(target: Path) -> Iterator[Path]:
         RazorError: the target is a file or a mount point, or the disk cannot take the new folder.
     """
     target = Path(os.path.realpath(target))
-    if target.exists() and not target.is_dir():
-        raise RazorError(f"{target}: expected a folder or nothing, found a file; give another path")
-    if os.path.ismount(target):
-        raise RazorError(
-            f"{target}: is a mount point and cannot be swapped; give a folder inside it"
-        )
     try:
+        if target.exists() and not target.is_dir():
+            raise RazorError(
+                f"{target}: expected a folder or nothing, found a file; give another path"
+            )
+        if os.path.ismount(target):
+            raise RazorError(
+                f"{target}: is a mount point and cannot be swapped; give a folder inside it"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
         os.chmod(staging, 0o755)

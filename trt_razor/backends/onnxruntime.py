@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from trt_razor.errors import MissingExtra, RazorError
+from trt_razor.backends.base import EngineOptions, Progress
+from trt_razor.errors import MissingExtra, RazorError, UsageError
+from trt_razor.models.checkpoint import Checkpoint
+from trt_razor.models.spec import ModelSpec
 from trt_razor.planner import CacheTensor
 
 # These two rewrite shape arithmetic. The graph orders the write of a cache after its last read by
 # such arithmetic (graph/operator.py), so they stay away.
+SPAN_STEP = 128
 DISABLED_OPTIMIZERS = ["ShapeInputMerge", "ReshapeFusion"]
 
 
@@ -112,23 +116,16 @@ class OrtSession:
         chunk: np.ndarray,
         logits_index: np.ndarray,
     ) -> np.ndarray:
-        """One chunk for the neighbouring slots ``first_slot …`` ; updates their caches.
-
-        Args:
-            tokens: [b, S] int32, right padded with any valid id.
-            past, chunk: [b] int32, cached tokens and new tokens of each row (chunk 0 = idle).
-            logits_index: [b, T] int32, places in the chunk whose logits are wanted.
-
-        Returns:
-            logits [b, T, vocab] float32.
-        """
+        """See ``backends.base.Session.forward``."""
         rows = tokens.shape[0]
         io = self._binding(first_slot, first_slot + rows)
+        # Rounded up: few distinct shapes, so the executor's per-shape work is done once.
+        span = min(-(-max(1, int(np.max(past))) // SPAN_STEP) * SPAN_STEP, self.max_seq_len)
         feeds = {
             "input_ids": np.ascontiguousarray(tokens, np.int32),
             "past": np.ascontiguousarray(past, np.int32),
             "chunk": np.ascontiguousarray(chunk, np.int32),
-            "past_span": np.zeros(max(1, int(np.max(past))), np.int8),
+            "past_span": np.zeros(span, np.int8),
             "logits_index": np.ascontiguousarray(logits_index, np.int32),
         }
         for name, value in feeds.items():
@@ -149,3 +146,50 @@ class OrtSession:
                 io.bind_output(f"{name}_out", *where)
             self._bindings[lo, hi] = io
         return self._bindings[lo, hi]
+
+
+class OnnxRuntimeBackend:
+    """Exports the graph; ONNX Runtime runs it as it is."""
+
+    name = "onnxruntime"
+
+    def check(self, spec: ModelSpec, options: EngineOptions) -> None:
+        """See ``Backend.check``."""
+        options.validate(spec)
+        if options.graph.dtype == "bfloat16":
+            raise UsageError(
+                "dtype bfloat16: ONNX Runtime has no bfloat16 matrix product on the CPU; use "
+                "--dtype float32, or --backend tensorrt-rtx"
+            )
+
+    def build(
+        self, checkpoint: Checkpoint, options: EngineOptions, staging: Path, progress: Progress
+    ) -> dict[str, str]:
+        """See ``Backend.build``."""
+        ort = import_onnxruntime()
+        write_graph(checkpoint, options, staging, progress)
+        return {"onnxruntime": ort.__version__, "target": "cpu"}
+
+    def open(
+        self, directory: Path, caches: Sequence[CacheTensor], num_slots: int, max_seq_len: int
+    ) -> OrtSession:
+        """See ``Backend.open``."""
+        return OrtSession(directory / "model.onnx", caches, num_slots, max_seq_len)
+
+
+def write_graph(
+    checkpoint: Checkpoint, options: EngineOptions, staging: Path, progress: Progress
+) -> Path:
+    """``model.onnx`` with its weights, with progress in bytes."""
+    try:
+        from trt_razor.graph.decoder import export_decoder, weight_bytes
+    except ImportError:
+        raise MissingExtra("onnx", "onnx", "building an ONNX graph") from None
+    total, done = weight_bytes(checkpoint.spec, options.graph.dtype), 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        progress("weights", min(done, total), total)
+
+    return export_decoder(checkpoint, options.graph, staging, count)

@@ -185,11 +185,12 @@ def spec_from_hf_config(
 
     vocab_size = c.integer("vocab_size", 2, _MAX_VOCAB)
     num_layers = c.integer("num_hidden_layers", 1, _MAX_LAYERS)
-    # Baichuan 13B is the ALiBi model of its family: its config has model_max_length alone.
-    alibi = architecture == "baichuan" and "max_position_embeddings" not in c
-    max_positions = c.integer(
-        "model_max_length" if alibi else "max_position_embeddings", 1, _MAX_POSITIONS
+    # Baichuan 13B is the ALiBi model of its family: it states model_max_length, not positions.
+    alibi = architecture == "baichuan" and (
+        hidden_size == 5120 or "max_position_embeddings" not in c
     )
+    limit = "model_max_length" if alibi and "model_max_length" in c else "max_position_embeddings"
+    max_positions = c.integer(limit, 1, _MAX_POSITIONS)
     rope = RopeSpec()
     if not alibi:
         rope = _rope(c, max_positions)

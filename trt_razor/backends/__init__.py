@@ -1,0 +1,66 @@
+"""Backends: one file per way to build or run an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+
+from trt_razor.backends.base import Backend
+from trt_razor.errors import UsageError, did_you_mean
+
+BACKENDS = ("onnxruntime", "tensorrt-rtx")
+PLANNED = {
+    "tensorrt": "the TensorRT plugin is not part of this version yet",
+    "tensorrt-llm": "the TensorRT-LLM integration is not part of this version yet",
+}
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of a name. Raises UsageError for an unknown one."""
+    if name == "onnxruntime":
+        from trt_razor.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend()
+    if name == "tensorrt-rtx":
+        from trt_razor.backends.tensorrt_rtx import TensorRtRtxBackend
+
+        return TensorRtRtxBackend()
+    if name in PLANNED:
+        raise UsageError(
+            f"backend '{name}': {PLANNED[name]}; available: auto, {', '.join(BACKENDS)}"
+        )
+    raise UsageError(f"backend '{name}': unknown; {did_you_mean(name, (*BACKENDS, *PLANNED))}")
+
+
+def choose_backend(requested: str) -> tuple[str, str]:
+    """(name, why): the named backend, or for ``auto`` the best one that this machine can run."""
+    if requested != "auto":
+        return requested, "as asked"
+    capability = _gpu_capability()
+    if capability is None:
+        return "onnxruntime", "no NVIDIA GPU found here; it runs on any CPU"
+    if capability not in RTX_CAPABILITIES:
+        return "onnxruntime", f"TensorRT for RTX does not run on compute capability {capability}"
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return "onnxruntime", "the package tensorrt-rtx is not installed"
+    return "tensorrt-rtx", f"an RTX GPU (compute capability {capability}) is here"
+
+
+def _gpu_capability() -> str | None:
+    """Compute capability of the first GPU by nvidia-smi, or None."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    try:
+        out = subprocess.run(
+            [tool, "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.splitlines()[0].strip() if out.strip() else None
