@@ -62,11 +62,27 @@ def test_failing_disk_leaves_the_old_file(
         assert path.read_bytes() == old
 
 
-def test_really_full_device_is_reported() -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    with open("/dev/full", "wb", buffering=0) as f, pytest.raises(OSError, match="No space"):
-        f.write(b"x")  # what write_bytes_atomic turns into a RazorError
+def test_write_that_stops_half_way(tmp_path: Path) -> None:
+    """A real short write: the process may not write files beyond 4000 bytes."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    code = textwrap.dedent(
+        f"""
+        import resource
+        from pathlib import Path
+        from trt_razor.errors import RazorError
+        from trt_razor.files import write_bytes_atomic
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        try:
+            write_bytes_atomic(Path({str(path)!r}), bytes(10_000))
+        except RazorError as e:
+            print(e)
+        """
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert run.stdout.startswith(f"{path}: cannot write: File too large"), run
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
 
 
 def test_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,12 +120,14 @@ def engine(path: Path, text: str) -> None:
     (path / "manifest").write_text(text)
 
 
-def build(target: Path, text: str = "new") -> None:
+def build(target: Path, text: str = "new", then: BaseException | None = None) -> None:
     with replace_directory(target) as staging:
         assert staging.parent == target.resolve().parent
         (staging / "manifest").write_text(text)
         (staging / "sub").mkdir()
         (staging / "sub" / "weights").write_bytes(b"w")
+        if then is not None:
+            raise then
 
 
 def test_new_directory(tmp_path: Path) -> None:
@@ -151,9 +169,8 @@ def test_failing_build_changes_nothing(
     if existing:
         engine(target, "old")
     expected = RazorError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected) as e, replace_directory(target) as staging:
-        (staging / "manifest").write_text("half")
-        raise error
+    with pytest.raises(expected) as e:
+        build(target, then=error)
     if error is NO_SPACE:
         assert "disk full" in str(e.value)
         assert str(target) in str(e.value)

@@ -49,13 +49,22 @@ def test_uniform() -> None:
         ({"num_layers": 0}, "num_layers"),
         ({"num_kv_heads": 0}, "num_kv_heads"),
         ({"retrieval_heads": ((0,), (1,))}, "retrieval_heads: expected 3 layers"),
-        ({"retrieval_heads": ((0,), (4,), ())}, r"retrieval_heads\[1\]: expected KV head indices 0..3"),
+        (
+            {"retrieval_heads": ((0,), (4,), ())},
+            r"retrieval_heads\[1\]: expected KV head indices 0..3",
+        ),
         ({"retrieval_heads": ((0,), (), (-1,))}, r"retrieval_heads\[2\]"),
         ({"retrieval_heads": ((1, 0), (), ())}, r"retrieval_heads\[0\]: expected ascending"),
         ({"retrieval_heads": ((), (1, 1), ())}, r"retrieval_heads\[1\]: expected ascending"),
         ({"scores": {"echo": ((0.0,) * 4,) * 2}}, r"scores\.echo: expected 3 layers"),
-        ({"scores": {"echo": ((0.0,) * 4, (0.0,) * 3, (0.0,) * 4)}}, r"scores\.echo\[1\]: expected 4"),
-        ({"scores": {"x": ((0.0,) * 4, (0.0,) * 4, (0.0, float("nan"), 0.0, 0.0))}}, r"scores\.x\[2\]"),
+        (
+            {"scores": {"echo": ((0.0,) * 4, (0.0,) * 3, (0.0,) * 4)}},
+            r"scores\.echo\[1\]: expected 4",
+        ),
+        (
+            {"scores": {"x": ((0.0,) * 4, (0.0,) * 4, (0.0, float("nan"), 0.0, 0.0))}},
+            r"scores\.x\[2\]",
+        ),
         ({"scores": {"x": ((float("inf"),) * 4,) * 3}}, r"scores\.x\[0\]: expected finite"),
         ({"scores": {"x": ((10**400, 0, 0, 0),) * 3}}, r"scores\.x\[0\]: expected finite"),
     ],
@@ -161,7 +170,9 @@ def test_missing_folder_and_oversized_files(tmp_path: Path) -> None:
 def test_map_of_another_model_is_refused() -> None:
     m = head_map()
     m.check_model(m.fingerprint, "tiny", "heads.json")
-    with pytest.raises(UsageError, match=r"heads\.json: .*'tiny'.*expected 'other'.*trt-razor heads"):
+    with pytest.raises(
+        UsageError, match=r"heads\.json: .*'tiny'.*expected 'other'.*trt-razor heads"
+    ):
         m.check_model("cd" * 32, "other", "heads.json")
 
 

@@ -6,6 +6,7 @@ table in ``plan_table``; what the figures mean is told in docs/planning.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -305,11 +306,15 @@ def _warnings(spec: ModelSpec, p: Plan, split: HeadSplit) -> Iterable[str]:
     if p.gpu is None:
         return
     if p.max_batch_razor == 0 and p.max_batch_full == 0:
+        budget = p.gpu.memory_bytes * MEMORY_FRACTION
         need = p.weight_bytes_per_gpu + p.activation_bytes_per_gpu + p.kv_razor_bytes_per_gpu
+        sizes = range(p.tp_size + 1, spec.num_heads + 1)
+        enough = (tp for tp in sizes if _one_sequence_bytes(spec, p, split, tp) <= budget)
+        tp = next(enough, None) if p.pp_size == 1 else None
         yield (
-            f"not one sequence fits: {human_bytes(need)} needed per GPU, "
-            f"{human_bytes(p.gpu.memory_bytes * MEMORY_FRACTION)} to hand out on {p.gpu.name}; use "
-            "more GPUs (tp_size, pp_size) or a smaller max_seq_len"
+            f"not one sequence fits: {human_bytes(need)} needed per GPU, {human_bytes(budget)} to "
+            f"hand out on {p.gpu.name}; "
+            + (f"it fits with tp_size {tp}" if tp else "use more GPUs or a smaller max_seq_len")
         )
     elif p.batch is not None and p.max_batch_razor is not None and p.batch > p.max_batch_razor:
         yield f"batch {p.batch} does not fit: Razor holds {p.max_batch_razor} sequences"
@@ -331,6 +336,17 @@ def _check_parallel(spec: ModelSpec, tp_size: int, pp_size: int) -> None:
             f"pp_size: expected at most {spec.num_layers}, the layers of '{spec.name}', "
             f"found {pp_size}"
         )
+
+
+def _one_sequence_bytes(spec: ModelSpec, p: Plan, split: HeadSplit, tp_size: int) -> float:
+    """Bytes per GPU for one Razor sequence with ``tp_size`` ranks; infinite if it cannot be."""
+    if spec.num_heads % tp_size:
+        return math.inf
+    element = dtype_bytes(p.weight_dtype)
+    weights = weight_elements(spec, tp_size, 0, spec.num_layers) * element
+    heads = rank_split(split, tp_size)
+    kv = sum_bytes(layer_tensors(heads, spec.head_dim, p.policy, p.max_seq_len, p.kv_dtype), 1)
+    return weights + _activation_bytes(spec, p.max_seq_len, tp_size, element) + kv.per_slot
 
 
 def _activation_bytes(spec: ModelSpec, max_seq_len: int, tp_size: int, element: int) -> int:

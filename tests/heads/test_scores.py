@@ -68,6 +68,17 @@ def test_float64_stays_float64() -> None:
     torch.testing.assert_close(out, plain_map(q, k, 0.3) @ v, atol=1e-13, rtol=1e-12)
 
 
+def test_sharp_rows_leave_no_denormals() -> None:
+    """Logits hundreds apart, as trained heads have: exact, and no slow numbers on the way."""
+    q, k, v = random_qkv(2, 1, 64, 8)
+    smallest = SmallestPositive()
+    with smallest:
+        out, lse = causal_attention(30 * q, k, v, 1.0)
+    torch.testing.assert_close(out, plain_map(30 * q, k, 1.0) @ v, atol=1e-5, rtol=1e-5)
+    assert smallest.value >= torch.finfo(torch.float32).tiny
+    assert lse.isfinite().all()
+
+
 def names_and_repeats(length: int, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One-hot token names and one-hot repeat numbers of a probe, each [n, …]."""
     names = torch.nn.functional.one_hot(torch.arange(length).repeat(repeats), length)
@@ -105,6 +116,18 @@ def test_group_max() -> None:
     scores = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.9, 0.0, 0.0, 0.5]])
     assert torch.equal(group_max(scores, 2), torch.tensor([[0.4, 0.3], [0.9, 0.5]]))
     assert torch.equal(group_max(scores, 4), scores)
+
+
+class SmallestPositive(TorchDispatchMode):
+    """Records the smallest positive result of any exponential."""
+
+    value = math.inf
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.startswith("exp_") and (result > 0).any():
+            self.value = min(self.value, result[result > 0].min().item())
+        return result
 
 
 class LargestTensor(TorchDispatchMode):

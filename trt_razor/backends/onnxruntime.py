@@ -6,6 +6,7 @@ updated in place, and their bytes are the planner's to the byte.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 
 from trt_razor.backends.base import EngineOptions, Progress
 from trt_razor.errors import MissingExtra, RazorError, UsageError
+from trt_razor.graph.options import weight_bytes
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
-from trt_razor.planner import CacheTensor
+from trt_razor.cache_layout import CacheTensor
 
 # These two rewrite shape arithmetic. The graph orders the write of a cache after its last read by
 # such arithmetic (graph/operator.py), so they stay away.
@@ -181,10 +183,10 @@ def write_graph(
     checkpoint: Checkpoint, options: EngineOptions, staging: Path, progress: Progress
 ) -> Path:
     """``model.onnx`` with its weights, with progress in bytes."""
-    try:
-        from trt_razor.graph.decoder import export_decoder, weight_bytes
-    except ImportError:
-        raise MissingExtra("onnx", "onnx", "building an ONNX graph") from None
+    if importlib.util.find_spec("onnx") is None:
+        raise MissingExtra("onnx", "onnx", "building an ONNX graph")
+    from trt_razor.graph.decoder import export_decoder
+
     total, done = weight_bytes(checkpoint.spec, options.graph.dtype), 0
 
     def count(n: int) -> None:

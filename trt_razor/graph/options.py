@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trt_razor.errors import UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
-from trt_razor.planner import CacheTensor, cache_tensors
+from trt_razor.cache_layout import CacheTensor, cache_tensors
 from trt_razor.policy import RazorPolicy
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ the file is untrusted; the ``gguf`` package supplies the block formats and their
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,19 @@ _MAX_ENTRIES = 1 << 16
 _MAX_STRING = 16 << 20
 _CHUNK_ELEMENTS = 4 << 20  # dequantised at a time: bounds temporary memory
 # Value types of the format: 8 is a string, 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 
 _NAMES = {
@@ -100,7 +113,12 @@ class GgufFile:
         start = -(-c.at // alignment) * alignment
         self.tensors: dict[str, StoredTensor] = {}
         for name, shape, kind, offset in infos:
-            type_name, block, size = _block_format(kind, self.path, name)
+            type_name, block, size, readable = _block_format(kind)
+            if not readable:
+                raise UsageError(
+                    f"{self.path}: tensor {name}: block format {type_name} cannot be dequantised; "
+                    "use another quantisation of the model, or its Hugging Face folder"
+                )
             if shape[-1] % block:
                 c.damaged(f"tensor {name}: a row of {shape[-1]} is no multiple of {block}")
             nbytes = elements(shape) // block * size
@@ -199,7 +217,7 @@ class GgufFile:
                 "original_max_position_embeddings": get("rope.scaling.original_context_length")
                 or config["max_position_embeddings"],
             }
-        if "rope_freqs.weight" in self.tensors:
+        if "rope_freqs.weight" in self.tensors and head_dim:
             config["rope_scaling"] = self._llama3_scaling(config)
         window = get("attention.sliding_window", default=0)
         if window and isinstance(config["max_position_embeddings"], int):
@@ -223,9 +241,11 @@ class GgufFile:
         if np.all(divisors == 1.0):
             return config.get("rope_scaling")
         factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
-        turns = original * config["rope_theta"] ** (-np.arange(0, dim, 2) / dim) / (2 * np.pi)
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        if not np.allclose(1.0 / divisors, keep + (1.0 - keep) / factor, rtol=1e-3):
+        with np.errstate(all="ignore"):  # damaged numbers become NaN, which matches nothing
+            turns = original * config["rope_theta"] ** (-np.arange(0, dim, 2) / dim) / (2 * np.pi)
+            keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            same = np.allclose(1.0 / divisors, keep + (1.0 - keep) / factor, rtol=1e-3)
+        if not same:
             raise UsageError(
                 f"{self.path}: rope_freqs.weight: not the scaling of Llama 3.1; use the Hugging "
                 "Face folder of the model"
@@ -275,25 +295,24 @@ def _half_rotation(rows: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def _block_format(kind: int, path: Path, tensor: str) -> tuple[str, int, int]:
-    """Name, elements and bytes of a block of a GGML type that can be dequantised."""
+@functools.cache
+def _block_format(kind: int) -> tuple[str, int, int, bool]:
+    """Name, elements and bytes of a block of a GGML type, and whether it can be dequantised."""
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
     except ImportError:
-        raise MissingExtra("gguf", "gguf", f"reading {path.name}") from None
+        raise MissingExtra("gguf", "gguf", "reading a GGUF file") from None
     try:
         qtype = GGMLQuantizationType(kind)
         block, size = GGML_QUANT_SIZES[qtype]
+    except (ValueError, KeyError):
+        return f"type {kind}", 1, 1, False
+    try:
         if qtype.name not in ("F32", "F16"):
             dequantize(np.zeros((1, size), np.uint8), qtype)
-    except (ValueError, KeyError, NotImplementedError):
-        known = kind in GGMLQuantizationType.__members__.values()
-        name = GGMLQuantizationType(kind).name if known else f"type {kind}"
-        raise UsageError(
-            f"{path}: tensor {tensor}: block format {name} cannot be dequantised; use another "
-            "quantisation of the model, or its Hugging Face folder"
-        ) from None
-    return qtype.name, block, size
+    except NotImplementedError:
+        return qtype.name, block, size, False
+    return qtype.name, block, size, True
 
 
 class _Cursor:
@@ -302,7 +321,7 @@ class _Cursor:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
-    def damaged(self, what: str) -> Any:
+    def damaged(self, what: str) -> NoReturn:
         raise RazorError(f"{self.path}: truncated or damaged GGUF file: {what}; fetch it again")
 
     def take(self, n: int) -> bytes:

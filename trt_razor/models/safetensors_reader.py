@@ -127,7 +127,9 @@ def _index(folder: Path) -> dict[str, StoredTensor]:
         if file not in headers:
             headers[file] = _header(folder / file)
         if name not in headers[file]:
-            raise RazorError(f"{folder / file}: tensor {name} is missing, but {INDEX} places it there")
+            raise RazorError(
+                f"{folder / file}: tensor {name} is missing, but {INDEX} places it there"
+            )
         stored[name] = headers[file][name]
     return stored
 

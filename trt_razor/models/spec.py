@@ -250,8 +250,10 @@ class _Fields:
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         value = self.get(name, default)
-        if value is None:
-            self.fail(name, f"an integer {low}..{high}", None if name in self else "nothing")
+        if value is None and name not in self:
+            raise UsageError(
+                f"{self.where}: {self.prefix}{name}: missing; expected an integer {low}..{high}"
+            )
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             self.fail(name, f"an integer {low}..{high}", value)
         return value

@@ -1,0 +1,163 @@
+"""Flatten a graph for builders: local functions inlined, equal computations made once.
+
+Every layer brings its own copy of the same index arithmetic (positions, masks, ring rows). ONNX
+Runtime does not mind; an ahead-of-time builder pays for each node, so equal nodes are merged.
+Only the graph is touched: weights kept as external data are neither loaded nor moved.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+from onnx import inliner
+
+NONDETERMINISTIC = frozenset(
+    {
+        "Bernoulli",
+        "Dropout",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
+
+_Key = tuple[Any, ...]
+
+
+def inline_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same computation without local functions, duplicate nodes and unused nodes.
+
+    Node names come out unique over the graph and the bodies of its conditions; names of graph
+    inputs, outputs and initialisers stay. An executor that gives outputs the memory of inputs must
+    not run the result: merging keeps values, not the order of reads and writes.
+
+    Args:
+        model: a valid model; it is not changed. Loaded with ``load_external_data=False`` it stays
+            small, and the result is to be saved into the same folder.
+
+    Returns:
+        A new model.
+    """
+    flat: onnx.ModelProto = inliner.inline_local_functions(model)
+    _merge_equal(flat.graph, ChainMap(), ChainMap())
+    _drop_unused(flat.graph)
+    _name_nodes(flat.graph, set())
+    # Domains of functions that are gone; a builder may refuse an import that it does not know.
+    used = {node.domain for node in _all_nodes(flat.graph)}
+    imports = [o for o in flat.opset_import if o.domain in used or o.domain in ("", "ai.onnx")]
+    del flat.opset_import[:]
+    flat.opset_import.extend(imports)
+    return flat
+
+
+def node_count(graph: onnx.GraphProto) -> int:
+    """Nodes of a graph, those in the bodies of its conditions and loops included."""
+    return sum(1 for _ in _all_nodes(graph))
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for body in _bodies(node):
+            yield from _all_nodes(body)
+
+
+def _key(node: onnx.NodeProto) -> _Key | None:
+    """Equal keys mean equal outputs; None for a node that must stay as it is."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in NONDETERMINISTIC:
+        return None
+    attributes = []
+    for attribute in node.attribute:
+        if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            return None
+        plain = onnx.AttributeProto()
+        plain.CopyFrom(attribute)
+        plain.doc_string = ""
+        if plain.HasField("t"):
+            plain.t.name = plain.t.doc_string = ""
+        attributes.append((plain.name, plain.SerializeToString(deterministic=True)))
+    present = tuple(bool(name) for name in node.output)
+    return node.op_type, tuple(node.input), tuple(sorted(attributes)), present
+
+
+def _merge_equal(
+    graph: onnx.GraphProto, seen: ChainMap[_Key, list[str]], renamed: ChainMap[str, str]
+) -> None:
+    """Common-subexpression elimination in place.
+
+    Args:
+        seen: key → outputs of the first such node that is visible here. A body sees what its outer
+            graph computed before it; nothing gets out of a body.
+        renamed: value → equal value that replaces it, with the same visibility.
+    """
+    fixed = {o.name for o in graph.output}
+    kept = []
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        for body in _bodies(node):
+            _merge_equal(body, seen.new_child(), renamed.new_child())
+        key = _key(node)
+        if key is not None:
+            if key in seen and not fixed.intersection(node.output):
+                renamed.update(zip(node.output, seen[key], strict=True))
+                continue
+            seen.setdefault(key, list(node.output))
+        kept.append(node)
+    _replace_nodes(graph, kept)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> set[str]:
+    """Remove nodes and initialisers that no output depends on; returns all names in use."""
+    needed = {o.name for o in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if not needed.intersection(name for name in node.output if name):
+            continue
+        kept.append(node)
+        needed.update(node.input)
+        for body in _bodies(node):
+            needed |= _drop_unused(body)
+    if len(kept) < len(graph.node):
+        _replace_nodes(graph, reversed(kept))
+    initializers = [i for i in graph.initializer if i.name in needed]
+    if len(initializers) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(initializers)
+    # Shape notes of values that are gone, or that were made inside functions.
+    del graph.value_info[:]
+    return needed
+
+
+def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
+    """Unique node names; a name that is unique already stays."""
+    for node in _all_nodes(graph):
+        base = node.name or node.op_type
+        name, count = base, 1
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        taken.add(name)
+        node.name = name
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    kept = list(nodes)
+    copies = []
+    for node in kept:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del graph.node[:]
+    graph.node.extend(copies)
