@@ -197,9 +197,7 @@ def build_engine(
             done += n
             progress("checksums", done, total)
 
-        write_manifest(
-            staging, spec, checkpoint.identity(), backend_name, facts, options, count
-        )
+        write_manifest(staging, spec, checkpoint.identity(), backend_name, facts, options, count)
     return Engine.load(output, verify=False)
 
 

@@ -24,13 +24,13 @@ from typing import Any
 from trt_razor import __version__
 from trt_razor.backends import get_backend
 from trt_razor.backends.base import EngineOptions, Session
+from trt_razor.cache_layout import CacheTensor
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.files import sha256_file, write_text_atomic
 from trt_razor.graph.options import GraphOptions
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec, RopeSpec
 from trt_razor.models.tokenizer import Tokenizer
-from trt_razor.cache_layout import CacheTensor
 from trt_razor.policy import RazorPolicy
 
 SCHEMA = "trt_razor.engine"
@@ -144,6 +144,14 @@ def _field(data: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    int: (int,),
+    str: (str,),
+    bool: (bool,),
+    float: (int, float),
+}
+
+
 def _build(cls: type, data: Any, where: str) -> Any:
     """A flat dataclass from JSON: no unknown or missing fields, plain types checked."""
     if not isinstance(data, Mapping):
@@ -154,7 +162,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
         raise RazorError(f"{where}.{name}: {'missing' if name in names else 'unknown field'}")
     for name in names:
         kind, value = hints[name], data[name]
-        plain = {int: int, str: str, bool: bool, float: (int, float)}.get(kind)
+        plain = _PLAIN.get(kind)
         if plain and (not isinstance(value, plain) or (kind is not bool and value is True)):
             raise RazorError(f"{where}.{name}: expected {kind.__name__}, found {value!r:.60}")
     return cls(**data)

@@ -15,7 +15,7 @@ import numpy as np
 
 from trt_razor.backends.base import Session
 from trt_razor.errors import UsageError
-from trt_razor.models.tokenizer import Tokenizer, TextStream
+from trt_razor.models.tokenizer import TextStream, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator)
         UsageError: if the logits hold no finite number (a poisoned model or cache).
     """
     if params.temperature == 0 or params.top_k == 1:
-        token = int(np.argmax(logits))
+        token = int(logits.argmax())
         if not np.isfinite(logits[token]):
             raise UsageError("logits: not finite; the model's weights or its cache are damaged")
         return token
@@ -80,7 +80,7 @@ def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator)
         keep = np.argpartition(scores, -params.top_k)[-params.top_k :]
     # Most likely first; ties by token id, so that the draw does not depend on the partition.
     keep = keep[np.lexsort((keep, -scores[keep]))]
-    top = scores[keep[0]]
+    top = float(scores[keep[0]])
     if not np.isfinite(top):
         raise UsageError("logits: not finite; the model's weights or its cache are damaged")
     p = np.exp((scores[keep] - top) / params.temperature)

@@ -148,7 +148,7 @@ def plan(
         UsageError: a size that is not possible for this model, a length beyond its positions,
             a head map of another model, or an unknown GPU or dtype.
     """
-    check_seq_len(spec, max_seq_len)
+    check_positive("max_seq_len", max_seq_len)
     _check_parallel(spec, tp_size, pp_size)
     if batch is not None:
         check_positive("batch", batch)
@@ -268,6 +268,12 @@ def _assumptions(head_map: HeadMap | None, tp_size: int, gpu: GPU | None) -> Ite
 
 def _warnings(spec: ModelSpec, p: Plan, split: HeadSplit) -> Iterable[str]:
     kv_rank = ceil_div(spec.num_kv_heads, p.tp_size)
+    if p.max_seq_len > spec.max_positions:
+        yield (
+            f"{p.max_seq_len} tokens are beyond the {spec.max_positions} positions of "
+            f"'{spec.name}': the bytes are right, but a build will refuse this length without a "
+            "config.json that extends them (rope_scaling)"
+        )
     if p.compression_starts is None:
         yield "Razor saves nothing: compression = 1 keeps every token"
     elif p.policy.dropped(p.max_seq_len) == 0:

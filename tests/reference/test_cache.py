@@ -108,11 +108,12 @@ def check(
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, object]:
+    alibi = draw(st.booleans())
     policy = RazorPolicy(
         sink_tokens=draw(st.integers(0, 5)),
         min_window=draw(st.integers(1, 9)),
         compression=draw(st.sampled_from([None, 1, 2, 3, 5])),
-        comp_tokens=draw(st.integers(0, 6)),
+        comp_tokens=draw(st.integers(0, 1 if alibi else 6)),
     )
     sizes = st.one_of(st.just(1), st.integers(1, 4), st.integers(1, 30))
     chunks = draw(st.lists(sizes, min_size=1, max_size=14))
@@ -126,7 +127,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "dim": draw(st.sampled_from([1, 2, 8])),
         "retrieval": draw(st.lists(st.integers(0, num_kv - 1), unique=True)),
         "seed": draw(st.integers(0, 2**20)),
-        "alibi": policy.comp_tokens <= 1 and draw(st.booleans()),
+        "alibi": alibi,
     }
 
 
@@ -143,6 +144,15 @@ def test_ring_wraps_many_times(chunks: list[int], comp_tokens: int) -> None:
     cache = check(policy, chunks, 64, 2, 2, 4, [1])
     assert cache.local is not None
     assert cache.local.local_k.shape == (1, 3 + 7, 4)  # 51 dropped: the ring turned 7 times
+
+
+@pytest.mark.parametrize("comp_tokens", [0, 1])
+@pytest.mark.parametrize("chunks", [[40], [30, 10], [9] * 4 + [1] * 4, [1] * 40])
+def test_alibi_puts_the_compensation_token_in_the_middle(
+    chunks: list[int], comp_tokens: int
+) -> None:
+    """3 KV heads x 2: six slopes, not a power of two; each query head has its own."""
+    check(RazorPolicy(2, 5, 4, comp_tokens), chunks, 40, 3, 2, 8, [1], alibi=True)
 
 
 @pytest.mark.parametrize("extra, dropped", [(-1, 0), (0, 1), (1, 2)])

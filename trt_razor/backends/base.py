@@ -9,11 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
+from trt_razor.cache_layout import CacheTensor
 from trt_razor.errors import UsageError
 from trt_razor.graph.options import GraphOptions
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
-from trt_razor.cache_layout import CacheTensor
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): total 0 = unknown."""

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from trt_razor.backends.base import EngineOptions, Progress
+from trt_razor.cache_layout import CacheTensor
 from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.graph.options import weight_bytes
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
-from trt_razor.cache_layout import CacheTensor
 
 # These two rewrite shape arithmetic. The graph orders the write of a cache after its last read by
 # such arithmetic (graph/operator.py), so they stay away.
@@ -90,7 +90,9 @@ class OrtSession:
         found = {i.name: list(i.shape[1:]) for i in self._session.get_inputs()[5:]}
         expected = {t.name: list(t.shape) for t in caches}
         if found != expected:
-            odd = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            odd = sorted(
+                k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)
+            )
             raise RazorError(
                 f"{graph}: cache tensor {odd[0]}: expected shape {expected.get(odd[0])}, found "
                 f"{found.get(odd[0])}; rebuild the engine"

@@ -95,9 +95,9 @@ class _DecoderWriter:
         weight = self._weight(name)
         if self.half:
             x = n.cast(x, "float32")
-        square = n.op("Pow", x, n.float(2.0))
-        mean = n.op("ReduceMean", square, n.ints([-1]), keepdims=1)
-        root = n.op("Sqrt", n.add(mean, n.float(self.spec.rms_norm_eps)))
+        square = n.op("Pow", x, n.f32(2.0))
+        mean = n.op("ReduceMean", square, n.i64s([-1]), keepdims=1)
+        root = n.op("Sqrt", n.add(mean, n.f32(self.spec.rms_norm_eps)))
         y = n.div(x, root)
         if self.half:
             y = n.cast(y, self.options.dtype)
@@ -166,7 +166,9 @@ class _DecoderWriter:
         logits = n.op("Gemm", x, head, transB=1)
         if self.half:
             logits = n.cast(logits, "float32")
-        n.reshape(logits, n.dim("logits_index", 0), n.dim("logits_index", 1), s.vocab_size, out="logits")
+        n.reshape(
+            logits, n.dim("logits_index", 0), n.dim("logits_index", 1), s.vocab_size, out="logits"
+        )
 
         info = helper.make_tensor_value_info
         i32, i8, f32 = onnx.TensorProto.INT32, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
+import onnx.shape_inference
 from onnx import inliner
 
 NONDETERMINISTIC = frozenset(
@@ -44,6 +45,7 @@ def inline_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         A new model.
     """
     flat: onnx.ModelProto = inliner.inline_local_functions(model)
+    _share_dimensions(flat)
     _merge_equal(flat.graph, ChainMap(), ChainMap())
     _drop_unused(flat.graph)
     _name_nodes(flat.graph, set())
@@ -72,6 +74,38 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield node
         for body in _bodies(node):
             yield from _all_nodes(body)
+
+
+def _share_dimensions(model: onnx.ModelProto) -> None:
+    """Read every named dimension from the first graph input that has it.
+
+    A layer asks its own activations for batch and length. Shape inference knows that they are the
+    dimensions of the inputs; with this written down the index arithmetic of all layers is equal.
+    """
+    source: dict[str, tuple[str, int]] = {}
+    for value in model.graph.input:
+        for axis, name in enumerate(_dimension_names(value)):
+            if name:
+                source.setdefault(name, (value.name, axis))
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    names = {v.name: _dimension_names(v) for v in (*inferred.input, *inferred.value_info)}
+    for node in model.graph.node:
+        if node.op_type != "Shape" or node.domain not in ("", "ai.onnx"):
+            continue
+        known = names.get(node.input[0], [])
+        attributes = {a.name: a for a in node.attribute}
+        if set(attributes) != {"start", "end"}:
+            continue
+        axis = attributes["start"].i
+        if attributes["end"].i != axis + 1 or not 0 <= axis < len(known):
+            continue
+        if known[axis] in source:
+            node.input[0], axis = source[known[axis]]
+            attributes["start"].i, attributes["end"].i = axis, axis + 1
+
+
+def _dimension_names(value: onnx.ValueInfoProto) -> list[str]:
+    return [d.dim_param for d in value.type.tensor_type.shape.dim]
 
 
 def _key(node: onnx.NodeProto) -> _Key | None:

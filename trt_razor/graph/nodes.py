@@ -52,7 +52,7 @@ class Nodes:
         name = self.fresh("Split")
         outs = [f"{name}_{i}" for i in range(len(sizes))]
         self.list.append(
-            helper.make_node("Split", [x, self.ints(sizes)], outs, name=name, axis=axis)
+            helper.make_node("Split", [x, self.i64s(sizes)], outs, name=name, axis=axis)
         )
         return outs
 
@@ -70,15 +70,15 @@ class Nodes:
             self._constants[key] = name
         return self._constants[key]
 
-    def ints(self, values: list[int] | tuple[int, ...]) -> str:
+    def i64s(self, values: list[int] | tuple[int, ...]) -> str:
         """1-D int64 constant."""
         return self.const(np.asarray(values, np.int64))
 
-    def int(self, value: int) -> str:
+    def i64(self, value: int) -> str:
         """0-D int64 constant."""
         return self.const(np.asarray(value, np.int64))
 
-    def float(self, value: float) -> str:
+    def f32(self, value: float) -> str:
         """0-D float32 constant."""
         return self.const(np.asarray(value, np.float32))
 
@@ -104,11 +104,11 @@ class Nodes:
 
     def scalar(self, x: str) -> str:
         """[1] → 0-D."""
-        return self.op("Squeeze", x, self.ints([0]))
+        return self.op("Squeeze", x, self.i64s([0]))
 
     def arange(self, length: str) -> str:
         """int64 [length], ``length`` being a [1] tensor."""
-        return self.op("Range", self.int(0), self.scalar(length), self.int(1))
+        return self.op("Range", self.i64(0), self.scalar(length), self.i64(1))
 
     def concat(self, *xs: str, axis: int, out: str | None = None) -> str:
         if len(xs) == 1 and out is None:
@@ -122,24 +122,24 @@ class Nodes:
         for part in parts:
             if isinstance(part, str):
                 if run:
-                    pieces.append(self.ints(run))
+                    pieces.append(self.i64s(run))
                     run = []
                 pieces.append(part)
             else:
                 run.append(part)
         if run:
-            pieces.append(self.ints(run))
+            pieces.append(self.i64s(run))
         return self.concat(*pieces, axis=0)
 
     def reshape(self, x: str, *parts: str | int, out: str | None = None) -> str:
         return self.op("Reshape", x, self.shape_of(*parts), out=out)
 
     def unsqueeze(self, x: str, *axes: int) -> str:
-        return self.op("Unsqueeze", x, self.ints(list(axes)))
+        return self.op("Unsqueeze", x, self.i64s(list(axes)))
 
     def slice(self, x: str, start: str, end: str, axis: int) -> str:
         """x[start:end] along ``axis``; ``start`` and ``end`` are [1] tensors."""
-        return self.op("Slice", x, start, end, self.ints([axis]))
+        return self.op("Slice", x, start, end, self.i64s([axis]))
 
     def transpose(self, x: str, *perm: int) -> str:
         return self.op("Transpose", x, perm=list(perm))
@@ -150,7 +150,7 @@ class Nodes:
         return self.op("MatMul", a, self.transpose(b, *perm))
 
     def sum(self, x: str, axis: int, keepdims: int = 0) -> str:
-        return self.op("ReduceSum", x, self.ints([axis]), keepdims=keepdims)
+        return self.op("ReduceSum", x, self.i64s([axis]), keepdims=keepdims)
 
     def mod(self, a: str, divisor: str) -> str:
         """a mod divisor for a >= 0 (integer division exists everywhere; Mod does not)."""

@@ -173,7 +173,7 @@ class _Body:
         self.index = n.unsqueeze(n.arange(self.seq), 0)  # [1, S]
         # Padded tokens take the place of the last valid one: same position, same values, so that
         # whatever they write is already there.
-        self.last = n.op("Max", n.sub(self.chunk, n.int(1)), n.int(0))  # [B, 1]
+        self.last = n.op("Max", n.sub(self.chunk, n.i64(1)), n.i64(0))  # [B, 1]
         self.source = n.op("Min", self.index, self.last)  # [B, S]
         self.time = n.add(self.past, self.source)  # [B, S] absolute positions
 
@@ -186,7 +186,7 @@ class _Body:
         q, k, v = (n.transpose(t, 0, 2, 1, 3) for t in (q, k, v))  # [B, H, S, D]
         q = n.reshape(q, self.batch, hkv, -1, d)  # [B, Hkv, g S, D]
         if not self.half:
-            q = n.mul(q, n.float(d**-0.5))
+            q = n.mul(q, n.f32(d**-0.5))
 
         outs = []
         if cfg.retrieval_heads:
@@ -198,7 +198,7 @@ class _Body:
         out = n.concat(*outs, axis=1)  # [B, Hkv, g, S, D], retrieval heads first
         order = [*cfg.retrieval_heads, *cfg.local_heads]
         if order != sorted(order):
-            out = n.op("Gather", out, n.ints([order.index(h) for h in range(hkv)]), axis=1)
+            out = n.op("Gather", out, n.i64s([order.index(h) for h in range(hkv)]), axis=1)
         out = n.transpose(out, 0, 3, 1, 2, 4)
         n.reshape(out, self.batch, self.seq, hq * d, out="out")
 
@@ -220,7 +220,7 @@ class _Body:
         """Rows of axis 1 (KV heads)."""
         if len(heads) == self.cfg.num_kv_heads:
             return x
-        return self.n.op("Gather", x, self.n.ints(heads), axis=1)
+        return self.n.op("Gather", x, self.n.i64s(heads), axis=1)
 
     def _index3(self, heads: int, rows: str) -> str:
         """(b, h, rows[b, s]) for GatherND and ScatterND on [B, H, rows, D]: [B, H, S, 3]."""
@@ -238,13 +238,13 @@ class _Body:
         n = self.n
         s = n.transposed_matmul(q, k, 4)
         if self.half:
-            s = n.mul(n.cast(s, "float32"), n.float(self.cfg.head_dim**-0.5))
+            s = n.mul(n.cast(s, "float32"), n.f32(self.cfg.head_dim**-0.5))
         return n.reshape(s, self.batch, heads, self.g, self.seq, -1)
 
     def _weighted(self, weights: str, v: str, heads: int, dtype: str) -> str:
         """weights [B, H, g, S, rows] · v [B, H, rows, D] → [B, H, g S, D] of ``dtype``."""
         n = self.n
-        w = n.reshape(weights, self.batch, heads, n.mul(self.seq, n.ints([self.g])), -1)
+        w = n.reshape(weights, self.batch, heads, n.mul(self.seq, n.i64s([self.g])), -1)
         return n.op("MatMul", n.cast(w, dtype) if dtype != "float32" else w, v)
 
     def _finish(self, out: str, heads: int) -> str:
@@ -253,7 +253,7 @@ class _Body:
     def _mask(self, visible: str) -> str:
         """0 where visible, MASKED elsewhere."""
         n = self.n
-        return n.op("Where", visible, n.float(0.0), n.float(MASKED))
+        return n.op("Where", visible, n.f32(0.0), n.f32(MASKED))
 
     def _alibi(self, heads: tuple[int, ...], row_pos: str) -> str:
         """−slope · (t − p): row_pos float32 [B | 1, 1 | S, rows] → [B, H, g, S, rows]."""
@@ -274,13 +274,13 @@ class _Body:
         n, heads = self.n, self.cfg.retrieval_heads
         r = len(heads)
         take = self._index3(r, self.source)
-        put = self._index3(r, n.op("Min", self.time, n.int(self.cfg.max_seq_len - 1)))
-        end = n.op("Min", n.add(n.dim("past_span", 0), self.seq), n.ints([self.cfg.max_seq_len]))
+        put = self._index3(r, n.op("Min", self.time, n.i64(self.cfg.max_seq_len - 1)))
+        end = n.op("Min", n.add(n.dim("past_span", 0), self.seq), n.i64s([self.cfg.max_seq_len]))
         rows = []
         for name, new in (("full_k", k), ("full_v", v)):
             new = n.op("GatherND", new, take)
             full = n.op("ScatterND", name, put, new, out=f"{name}_out")
-            rows.append(n.slice(full, n.ints([0]), end, axis=2))
+            rows.append(n.slice(full, n.i64s([0]), end, axis=2))
         pos = n.unsqueeze(n.arange(end), 0, 1)  # [1, 1, rows]
         visible = n.op("LessOrEqual", pos, n.unsqueeze(self.time, 2))  # [B, S, rows]
         mask = n.unsqueeze(self._mask(visible), 1, 2)
@@ -292,11 +292,11 @@ class _Body:
     def _dropped(self, length: str) -> str:
         """D(n) = max(0, n − N0 − max(S0, ceil(n / C)))."""
         n, p = self.n, self.cfg.policy
-        window = n.int(p.min_window)
+        window = n.i64(p.min_window)
         if p.compression is not None:
-            up = n.add(length, n.int(p.compression - 1))
-            window = n.op("Max", n.div(up, n.int(p.compression)), window)
-        return n.op("Max", n.sub(n.sub(length, n.int(self.n0)), window), n.int(0))
+            up = n.add(length, n.i64(p.compression - 1))
+            window = n.op("Max", n.div(up, n.i64(p.compression)), window)
+        return n.op("Max", n.sub(n.sub(length, n.i64(self.n0)), window), n.i64(0))
 
     def _local(self, q: str, k: str, v: str) -> str:
         n, cfg, heads = self.n, self.cfg, self.cfg.local_heads
@@ -305,43 +305,41 @@ class _Body:
         self.d1 = self._dropped(n.add(self.past, self.chunk))
 
         # The rows in use: a prefix of [kept | ring], bounded by the longest row of the batch.
-        end = n.op("Min", n.dim("past_span", 0), n.ints([self.rows_cap]))
-        old_k = n.slice("local_k", n.ints([0]), end, axis=2)
-        old_v = n.slice("local_v", n.ints([0]), end, axis=2)
+        end = n.op("Min", n.dim("past_span", 0), n.i64s([self.rows_cap]))
+        old_k = n.slice("local_k", n.i64s([0]), end, axis=2)
+        old_v = n.slice("local_v", n.i64s([0]), end, axis=2)
         row = n.unsqueeze(n.arange(end), 0)  # [1, rows]
         # Ring row r last held position past − 1 − age, age = (past − 1 − N0 − r) mod W_cap; it is in
         # the window if that is among the last past − N0 − D tokens.
-        lag = n.sub(n.sub(self.past, n.int(1)), row)  # past − 1 − N0 − ring index
-        age = n.mod(lag, n.int(self.ring))
-        live = n.sub(n.sub(self.past, n.int(self.n0)), self.d0)
-        in_ring = n.op(
-            "And", n.op("GreaterOrEqual", lag, n.int(0)), n.op("Less", age, live)
-        )
-        is_sink = n.op("Less", row, n.int(self.n0))
+        lag = n.sub(n.sub(self.past, n.i64(1)), row)  # past − 1 − N0 − ring index
+        age = n.mod(lag, n.i64(self.ring))
+        live = n.sub(n.sub(self.past, n.i64(self.n0)), self.d0)
+        in_ring = n.op("And", n.op("GreaterOrEqual", lag, n.i64(0)), n.op("Less", age, live))
+        is_sink = n.op("Less", row, n.i64(self.n0))
         valid = n.select(is_sink, n.op("Less", row, self.past), in_ring)  # [B, rows]
-        pos = n.op("Where", is_sink, row, n.sub(n.sub(self.past, n.int(1)), age))
+        pos = n.op("Where", is_sink, row, n.sub(n.sub(self.past, n.i64(1)), age))
 
         old_mask = n.unsqueeze(self._mask(valid), 1, 2, 3)  # [B, 1, 1, 1, rows]
         parts = [self._bias(self._scores(q, old_k, lh), old_mask, heads, n.unsqueeze(pos, 1))]
         if cfg.has_comp:
             self._read_comp()
             comp_k, comp_v = self.comp_k, self.comp_v
-            q32 = n.mul(n.cast(q, "float32"), n.float(cfg.head_dim**-0.5)) if self.half else q
+            q32 = n.mul(n.cast(q, "float32"), n.f32(cfg.head_dim**-0.5)) if self.half else q
             s = n.transposed_matmul(q32, comp_k, 4)
             s = n.reshape(s, self.batch, lh, self.g, self.seq, -1)
             log_weight = n.unsqueeze(self.log_weight, 2, 3)
-            middle = n.sub(n.cast(self.d0, "float32"), n.float(1.0))
-            middle = n.add(n.mul(middle, n.float(0.5)), n.float(float(self.n0)))
+            middle = n.sub(n.cast(self.d0, "float32"), n.f32(1.0))
+            middle = n.add(n.mul(middle, n.f32(0.5)), n.f32(float(self.n0)))
             parts.append(self._bias(s, log_weight, heads, n.unsqueeze(middle, 1)))
         causal = n.op("LessOrEqual", self.index, n.op("Transpose", self.index))  # [S, S]
         new_pos = n.unsqueeze(n.add(self.past, self.index), 1)
         parts.append(self._bias(self._scores(q, k, lh), self._mask(causal), heads, new_pos))
 
         weights = n.op("Softmax", n.concat(*parts, axis=4), axis=-1)
-        m_end = n.add(end, n.ints([p.comp_tokens])) if cfg.has_comp else end
-        infinity = n.ints([np.iinfo(np.int64).max])
+        m_end = n.add(end, n.i64s([p.comp_tokens])) if cfg.has_comp else end
+        infinity = n.i64s([np.iinfo(np.int64).max])
         out = n.add(
-            self._weighted(n.slice(weights, n.ints([0]), end, 4), old_v, lh, cfg.dtype),
+            self._weighted(n.slice(weights, n.i64s([0]), end, 4), old_v, lh, cfg.dtype),
             self._weighted(n.slice(weights, m_end, infinity, 4), v, lh, cfg.dtype),
         )
         if cfg.has_comp:
@@ -360,7 +358,7 @@ class _Body:
         """
         n, lh = self.n, len(self.cfg.local_heads)
         pos = n.add(self.past, self.index)  # [B, S]
-        n0 = n.int(self.n0)
+        n0 = n.i64(self.n0)
         survives = n.op(
             "Or",
             n.op("Less", pos, n0),
@@ -369,7 +367,7 @@ class _Body:
         survives = n.op("And", survives, n.op("Less", self.index, self.chunk))
         source = n.op("Where", survives, self.index, self.last)  # [B, S]
         pos = n.add(self.past, source)
-        ring_row = n.add(n.mod(n.op("Max", n.sub(pos, n0), n.int(0)), n.int(self.ring)), n0)
+        ring_row = n.add(n.mod(n.op("Max", n.sub(pos, n0), n.i64(0)), n.i64(self.ring)), n0)
         row = n.op("Where", n.op("Less", pos, n0), pos, ring_row)
         take, put = self._index3(lh, source), self._index3(lh, row)
         for name, new, old in (("local_k", k, old_k), ("local_v", v, old_v)):
@@ -382,7 +380,7 @@ class _Body:
         """Copies of the compensation state: what is written later depends on these alone."""
         n, m = self.n, self.cfg.policy.comp_tokens
         # [B, Lh, M, D] float32 each
-        self.comp_k, self.comp_v = (n.op("Gather", "comp", n.int(i), axis=3) for i in (0, 1))
+        self.comp_k, self.comp_v = (n.op("Gather", "comp", n.i64(i), axis=3) for i in (0, 1))
         pair = n.concat("comp_log_weight", "comp_count", axis=2)
         self.log_weight, self.count = n.split(pair, [m, m], axis=2)
 
@@ -391,14 +389,12 @@ class _Body:
         n, cfg, lh = self.n, self.cfg, len(self.cfg.local_heads)
         d, m = cfg.head_dim, cfg.policy.comp_tokens
         folded = n.sub(self.d1, self.d0)  # F [B, 1], at most S
-        pos = n.add(n.add(self.d0, n.int(self.n0)), self.index)  # [B, S] candidates
+        pos = n.add(n.add(self.d0, n.i64(self.n0)), self.index)  # [B, S] candidates
         live = n.op("Less", self.index, folded)  # [B, S]
-        ring_row = n.mod(n.sub(pos, n.int(self.n0)), n.int(self.ring))
-        old_row = n.op(
-            "Min", n.add(ring_row, n.int(self.n0)), n.sub(n.scalar(end), n.int(1))
-        )
-        new_row = n.op("Max", n.sub(pos, self.past), n.int(0))
-        new_row = n.op("Min", new_row, n.sub(n.scalar(self.seq), n.int(1)))
+        ring_row = n.mod(n.sub(pos, n.i64(self.n0)), n.i64(self.ring))
+        old_row = n.op("Min", n.add(ring_row, n.i64(self.n0)), n.sub(n.scalar(end), n.i64(1)))
+        new_row = n.op("Max", n.sub(pos, self.past), n.i64(0))
+        new_row = n.op("Min", new_row, n.sub(n.scalar(self.seq), n.i64(1)))
         from_old, from_new = self._index3(lh, old_row), self._index3(lh, new_row)
         is_old = n.unsqueeze(n.op("Less", pos, self.past), 1, 3)  # [B, 1, S, 1]
         keys, values = (
@@ -422,7 +418,7 @@ class _Body:
         mean = n.concat(self.comp_k, self.comp_v, axis=3)
         # mean += (sum − F·mean) / (N + F): exact for the first token, stable for millions.
         delta = n.sub(sums, n.mul(n.unsqueeze(added, 3), mean))
-        delta = n.div(delta, n.unsqueeze(n.op("Max", count, n.float(1.0)), 3))
+        delta = n.div(delta, n.unsqueeze(n.op("Max", count, n.f32(1.0)), 3))
         n.reshape(n.add(mean, delta), self.batch, lh, m, 2, d, out="comp_out")
         n.op("Log", count, out="comp_log_weight_out")
 
@@ -432,16 +428,14 @@ class _Body:
         clusters = n.const(np.arange(m, dtype=np.int64))
         # A later fold: the first min(U, F) keys open the unused clusters in order, every other key
         # joins the nearest cluster that was in use before the fold.
-        unused = n.op("Less", self.count, n.float(0.5))  # [B, Lh, M]
+        unused = n.op("Less", self.count, n.f32(0.5))  # [B, Lh, M]
         unused_f = n.cast(unused, "float32")
         before = n.const(np.triu(np.ones((m, m), np.float32), 1))
         rank = n.cast(n.op("MatMul", unused_f, before), "int64")  # unused clusters before this one
         token = n.unsqueeze(self.index, 1, 3)  # [1, 1, S, 1]
-        opens = n.op(
-            "And", n.op("Equal", n.unsqueeze(rank, 2), token), n.unsqueeze(unused, 2)
-        )
+        opens = n.op("And", n.op("Equal", n.unsqueeze(rank, 2), token), n.unsqueeze(unused, 2))
         num_unused = n.unsqueeze(n.cast(n.sum(unused_f, 2, keepdims=1), "int64"), 2)
-        penalty = n.unsqueeze(n.mul(unused_f, n.float(-MASKED)), 2)
+        penalty = n.unsqueeze(n.mul(unused_f, n.f32(-MASKED)), 2)
         nearest = self._nearest(keys, self.comp_k, penalty, clusters)
         later = n.select(n.op("Less", token, num_unused), opens, nearest)
 
@@ -449,13 +443,13 @@ class _Body:
         # runs under a condition.
         seeding = n.op(
             "And",
-            n.op("Equal", self.d0, n.int(0)),
-            n.op("Greater", folded, n.int(0)),
+            n.op("Equal", self.d0, n.i64(0)),
+            n.op("Greater", folded, n.i64(0)),
         )  # [B, 1]
         any_seed = n.op(
             "Greater",
-            n.op("ReduceMax", n.cast(seeding, "int64"), n.ints([0, 1]), keepdims=0),
-            n.int(0),
+            n.op("ReduceMax", n.cast(seeding, "int64"), n.i64s([0, 1]), keepdims=0),
+            n.i64(0),
         )
         outer, self.n = n, Nodes(f"{n.prefix}seed_")
         seeded = self._lloyd(keys, folded, live4, lh, m)
@@ -480,7 +474,7 @@ class _Body:
         n = self.n
         norm = n.unsqueeze(n.sum(n.mul(centroids, centroids), 3), 2)  # [B, Lh, 1, M]
         cross = n.transposed_matmul(keys, centroids, 4)
-        distance = n.add(n.sub(norm, n.mul(cross, n.float(2.0))), penalty)  # + |k|², dropped
+        distance = n.add(n.sub(norm, n.mul(cross, n.f32(2.0))), penalty)  # + |k|², dropped
         return n.op("Equal", n.op("ArgMin", distance, axis=3, keepdims=1), clusters)
 
     def _lloyd(self, keys: str, folded: str, live4: str, lh: int, m: int) -> str:
@@ -488,11 +482,11 @@ class _Body:
         n = self.n
         clusters = n.const(np.arange(m, dtype=np.int64))
         odd = n.const(2 * np.arange(m, dtype=np.int64)[None] + 1)  # 2 i + 1
-        used = n.op("Max", n.op("Min", folded, n.int(m)), n.int(1))  # M' [B, 1]
-        seed = n.div(n.mul(odd, folded), n.mul(used, n.int(2)))  # [B, M]
-        seed = n.op("Min", seed, n.sub(n.scalar(self.seq), n.int(1)))
+        used = n.op("Max", n.op("Min", folded, n.i64(m)), n.i64(1))  # M' [B, 1]
+        seed = n.div(n.mul(odd, folded), n.mul(used, n.i64(2)))  # [B, M]
+        seed = n.op("Min", seed, n.sub(n.scalar(self.seq), n.i64(1)))
         spare = n.op("GreaterOrEqual", clusters, used)  # [B, M]
-        penalty = n.mul(n.unsqueeze(n.cast(spare, "float32"), 1, 2), n.float(-MASKED))
+        penalty = n.mul(n.unsqueeze(n.cast(spare, "float32"), 1, 2), n.f32(-MASKED))
         shape = n.shape_of(self.batch, lh, m)
         parts = (
             n.unsqueeze(n.arange(self.batch), 1, 2),
@@ -509,6 +503,6 @@ class _Body:
             ones = n.cast(assign, "float32")
             size = n.unsqueeze(n.sum(ones, 2), 3)  # [B, Lh, M, 1]
             total = n.op("MatMul", n.transpose(ones, 0, 1, 3, 2), keys)
-            mean = n.div(total, n.op("Max", size, n.float(1.0)))
-            centroids = n.op("Where", n.op("Greater", size, n.float(0.5)), mean, centroids)
+            mean = n.div(total, n.op("Max", size, n.f32(1.0)))
+            centroids = n.op("Where", n.op("Greater", size, n.f32(0.5)), mean, centroids)
         return assign

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trt_razor.cache_layout import CacheTensor, cache_tensors
 from trt_razor.errors import UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
-from trt_razor.cache_layout import CacheTensor, cache_tensors
+from trt_razor.planner import check_seq_len
 from trt_razor.policy import RazorPolicy
 
 if TYPE_CHECKING:
@@ -54,16 +55,10 @@ class GraphOptions:
     def validate(self, spec: ModelSpec) -> None:
         """Raises UsageError for combinations that have no defined result."""
         if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise UsageError(
-                f"dtype: expected float32, float16 or bfloat16, found {self.dtype!r}"
-            )
+            raise UsageError(f"dtype: expected float32, float16 or bfloat16, found {self.dtype!r}")
         if self.max_seq_len < 2:
             raise UsageError(f"max_seq_len: expected at least 2 tokens, found {self.max_seq_len}")
-        if self.max_seq_len > spec.max_positions:
-            raise UsageError(
-                f"max_seq_len: {self.max_seq_len} is beyond the {spec.max_positions} positions of "
-                f"{spec.name}; choose at most that, or a checkpoint whose rope_scaling extends them"
-            )
+        check_seq_len(spec, self.max_seq_len)
         if self.head_map is not None:
             self.head_map.check_model(spec.fingerprint(), spec.name, "head map")
             if spec.position == "alibi" and self.policy.comp_tokens > 1:
