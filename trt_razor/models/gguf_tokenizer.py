@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.models.gguf_reader import GgufFile
 from trt_razor.models.tokenizer import Tokenizer
@@ -49,13 +51,15 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer | None:
     tokens = _strings(file, "tokenizer.ggml.tokens")
     merges = [tuple(m.split(" ")) for m in _strings(file, "tokenizer.ggml.merges")]
     types = file.metadata.get("tokenizer.ggml.token_type")
-    kinds = [1] * len(tokens) if types is None else [int(t) for t in types]
+    if types is None:
+        types = np.ones(len(tokens), np.int32)
+    kinds = types.tolist() if isinstance(types, np.ndarray) else []
     if len(kinds) != len(tokens) or any(len(m) != 2 for m in merges):
         raise RazorError(f"{file.path}: damaged tokenizer: its tables do not fit each other")
 
     def token_id(key: str) -> int | None:
         i = file.number(f"tokenizer.ggml.{key}", int)
-        if i is not None and i >= len(tokens):
+        if i is not None and not 0 <= i < len(tokens):
             raise RazorError(
                 f"{file.path}: tokenizer.ggml.{key}: {i} is not one of {len(tokens)} ids"
             )

@@ -57,7 +57,8 @@ def weighted_attention(q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor, scal
     """
     heads, group, queries, dim = q.shape
     logits = q.reshape(heads, group * queries, dim) @ k.transpose(-1, -2)
-    logits = scale * logits.view(heads, group, queries, k.shape[1]) + log_weight
+    # In place: at long contexts fresh memory for each step costs more than the arithmetic.
+    logits = logits.view(heads, group, queries, k.shape[1]).mul_(scale).add_(log_weight)
     probs = torch.softmax(logits, dim=-1)
     out = probs.reshape(heads, group * queries, k.shape[1]) @ v
     return out.view(heads, group, queries, dim)
