@@ -182,7 +182,7 @@ def test_unreadable_block_format(tmp_path: Path) -> None:
     _, _, stored = make("qwen2")
     stored["blk.0.odd"] = np.zeros(4, np.int32)
     path = write_gguf(tmp_path / "m.gguf", "qwen2", stored)
-    with pytest.raises(UsageError, match=r"tensor blk\.0\.odd: block format I32 cannot"):
+    with pytest.raises(UsageError, match=r"tensor 'blk\.0\.odd': block format I32 cannot"):
         open_checkpoint(None, path)
 
 

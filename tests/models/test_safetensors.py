@@ -129,14 +129,14 @@ def test_misfits_are_counted_and_named(tmp_path: Path) -> None:
         for proj in ("q", "k"):
             del tensors[f"model.layers.{i}.self_attn.{proj}_proj.weight"]
     tensors["model.norm.weight"] = np.zeros(31, np.float32)
-    tensors["adapter.weight"] = np.zeros(1, np.float32)
+    tensors["adapter.\nweight"] = np.zeros(1, np.float32)
     with pytest.raises(UsageError) as e:
         open_checkpoint(None, write_folder(tmp_path, data, tensors))
     message = str(e.value)
     assert "4 missing: model.layers.0.self_attn.q_proj.weight" in message
     assert "…" in message
     assert "1 mis-shaped: model.norm.weight (expected [32], found [31])" in message
-    assert "1 unexpected: adapter.weight" in message
+    assert "1 unexpected: adapter.\\nweight" in message
     assert "\n" not in message
 
 

@@ -116,15 +116,15 @@ class GgufFile:
             type_name, block, size, readable = _block_format(kind)
             if not readable:
                 raise UsageError(
-                    f"{self.path}: tensor {name}: block format {type_name} cannot be dequantised; "
+                    f"{self.path}: tensor {name[:80]!r}: block format {type_name} cannot be dequantised; "
                     "use another quantisation of the model, or its Hugging Face folder"
                 )
             if shape[-1] % block:
-                c.damaged(f"tensor {name}: a row of {shape[-1]} is no multiple of {block}")
+                c.damaged(f"tensor {name[:80]!r}: a row of {shape[-1]} is no multiple of {block}")
             nbytes = elements(shape) // block * size
             if name in self.tensors or offset % alignment or start + offset + nbytes > c.size:
                 c.damaged(
-                    f"tensor {name}: bytes {start + offset} .. {start + offset + nbytes} of a file "
+                    f"tensor {name[:80]!r}: bytes {start + offset} .. {start + offset + nbytes} of a file "
                     f"of {c.size} bytes"
                 )
             self.tensors[name] = StoredTensor(

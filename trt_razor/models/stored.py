@@ -118,7 +118,8 @@ def check_tensors(
             first few of each.
     """
     missing = [n for n in expected if n not in found]
-    extra = [n for n in found if n not in expected and n not in harmless]
+    # Names from the file go through repr: one line, whatever is in them.
+    extra = [repr(n)[1:-1][:100] for n in found if n not in expected and n not in harmless]
     wrong = [
         f"{n} (expected {list(s)}, found {list(found[n])})"
         for n, s in expected.items()
