@@ -27,6 +27,10 @@ except ImportError:  # not a POSIX system
 from trt_razor.errors import RazorError
 
 CHUNK = 4 << 20
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+"""What a user or a system sends to end a command."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What renameat2 answers where it, or the swap, does not exist: old kernels, seccomp, NFS, FUSE.
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP)
@@ -181,7 +185,7 @@ def _flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C and SIGTERM act after the block: between its steps they would leave rubbish."""
+    """Ctrl-C and its kin act after the block: between its steps they would leave rubbish."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -191,7 +195,7 @@ def _interrupts_held_back() -> Iterator[None]:
         arrived.append(signum)
 
     before = {}
-    for s in (signal.SIGINT, signal.SIGTERM):
+    for s in STOP_SIGNALS:
         if signal.getsignal(s) is not None:  # None: set by C code, cannot be put back
             before[s] = signal.signal(s, remember)
     try:
@@ -208,7 +212,10 @@ def _interrupts_held_back() -> Iterator[None]:
 # nobody locks belongs to a process that was killed. Locks of other hosts may be invisible here.
 def _staging_prefix(target: Path) -> str:
     host = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
-    return f".{target.name[:48]}.partial-{host}-"
+    name = target.name
+    if len(name) > 40:  # file systems take 255 bytes
+        name = f"{name[:32]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return f".{name}.partial-{host}-"
 
 
 def _old_of(staging: Path) -> Path:

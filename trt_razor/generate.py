@@ -6,7 +6,6 @@ requests join and leave between steps, so the same class serves one prompt and a
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,81 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trt_razor.backends.base import Session
-from trt_razor.errors import UsageError
+from trt_razor.errors import RazorError, UsageError
 from trt_razor.models.tokenizer import TextStream, Tokenizer
+from trt_razor.sampling import SamplingParams, sample
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen.
-
-    Attributes:
-        max_new_tokens: most tokens to generate (>= 1).
-        temperature: 0 = greedy; otherwise logits are divided by it.
-        top_k: keep the k most likely tokens; 0 = all.
-        top_p: keep the smallest set of tokens whose probability reaches p (0 < p <= 1).
-        seed: of this request's own random numbers; the same seed gives the same tokens whatever
-            else runs beside it. None = a fresh one.
-        stop: texts that end generation; they are not part of the output.
-        stop_token_ids: ids that end generation, besides the model's own.
-        ignore_eos: go on after the model's end token (for measurements).
-
-    Raises:
-        UsageError: naming the wrong field.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, ">= 1")
-        t = self.temperature
-        _check("temperature", t, math.isfinite(t) and 0 <= t <= 1e4, "a number >= 0")
-        _check("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 = all)")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 .. 2^64 − 1")
-        _check("stop", self.stop, all(self.stop), "texts that are not empty")
-
-
-def _check(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise UsageError(f"{name}: expected {expected}, found {value!r}")
-
-
-def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
-    """The next token from logits [vocab].
-
-    Order as in common engines: temperature, top-k, top-p on what is left, then a draw.
-
-    Raises:
-        UsageError: if the logits hold no finite number (a poisoned model or cache).
-    """
-    if params.temperature == 0 or params.top_k == 1:
-        token = int(logits.argmax())
-        if not np.isfinite(logits[token]):
-            raise UsageError("logits: not finite; the model's weights or its cache are damaged")
-        return token
-    keep = np.arange(len(logits))
-    scores = logits.astype(np.float64)
-    if 0 < params.top_k < len(scores):
-        keep = np.argpartition(scores, -params.top_k)[-params.top_k :]
-    # Most likely first; ties by token id, so that the draw does not depend on the partition.
-    keep = keep[np.lexsort((keep, -scores[keep]))]
-    top = float(scores[keep[0]])
-    if not np.isfinite(top):
-        raise UsageError("logits: not finite; the model's weights or its cache are damaged")
-    p = np.exp((scores[keep] - top) / params.temperature)
-    p /= p.sum()
-    if params.top_p < 1:
-        count = int(np.searchsorted(np.cumsum(p), params.top_p)) + 1
-        keep, p = keep[:count], p[:count] / p[:count].sum()
-    return int(keep[min(np.searchsorted(np.cumsum(p), rng.random()), len(keep) - 1)])
+__all__ = ["Completion", "Event", "Generator", "SamplingParams", "sample"]
 
 
 @dataclass
@@ -100,7 +29,7 @@ class Event:
         token: the new token, or None if only held-back text came out at the end.
         text: text newly complete (empty without a tokenizer, or while a character is incomplete).
         finished: None, or why it ended: ``stop`` (end token, stop text or id), ``length``
-            (max_new_tokens), ``capacity`` (max_seq_len), ``cancelled``, ``error``.
+            (max_new_tokens), ``capacity`` (max_seq_len), ``error``.
         error: message if ``finished`` is ``error``.
     """
 
@@ -113,15 +42,22 @@ class Event:
 
 @dataclass
 class Completion:
-    """A finished request."""
+    """A finished request.
+
+    Attributes:
+        tokens: ids generated, the end token not among them.
+        text: their text up to a stop text (empty without a tokenizer).
+        finished: as in ``Event``. error: the message if that is ``error``.
+    """
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finished: str = ""
+    error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     request: int
     prompt: np.ndarray
@@ -180,19 +116,12 @@ class Generator:
             UsageError: empty or too long a prompt, an id outside the vocabulary, or stop texts
                 without a tokenizer.
         """
-        ids = np.asarray(prompt, dtype=np.int64).reshape(-1)
+        ids = self._ids(prompt)
         limit = self.session.max_seq_len
-        if len(ids) == 0:
-            raise UsageError("prompt: expected at least 1 token, found an empty prompt")
         if len(ids) > limit:
             raise UsageError(
                 f"prompt: {len(ids)} tokens do not fit max_seq_len {limit} of this engine; shorten "
                 f"it, or build with a larger --max-seq-len"
-            )
-        if ids.min() < 0 or ids.max() >= self.session.vocab_size:
-            raise UsageError(
-                f"prompt: expected token ids 0..{self.session.vocab_size - 1}, "
-                f"found {ids.min()}..{ids.max()}"
             )
         if params.stop and self.tokenizer is None:
             raise UsageError("stop: texts need a tokenizer, and this engine has none")
@@ -201,7 +130,7 @@ class Generator:
         self._waiting.append(
             _Sequence(
                 request,
-                ids.astype(np.int32),
+                ids,
                 params,
                 np.random.default_rng(params.seed),
                 self.tokenizer.stream() if self.tokenizer else None,
@@ -210,8 +139,25 @@ class Generator:
         )
         return request
 
+    def _ids(self, prompt: Sequence[int]) -> np.ndarray:
+        """A prompt as int32 [tokens], checked."""
+        if len(prompt) == 0:
+            raise UsageError("prompt: expected at least 1 token, found an empty prompt")
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of unequal length
+            ids = np.empty(0, object)
+        vocab = self.session.vocab_size
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise UsageError(f"prompt: expected a list of token ids 0..{vocab - 1}")
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise UsageError(
+                f"prompt: expected token ids 0..{vocab - 1}, found {ids.min()}..{ids.max()}"
+            )
+        return ids.astype(np.int32)
+
     def cancel(self, request: int) -> bool:
-        """Drop a request wherever it is; False if it is not (or no longer) here."""
+        """Drop a request wherever it is, without an event; False if it is not (any more) here."""
         for s in self._waiting:
             if s.request == request:
                 self._waiting.remove(s)
@@ -224,7 +170,8 @@ class Generator:
 
     def step(self) -> list[Event]:
         """One prefill chunk for the oldest prompt that is not read yet, then one token for every
-        sequence that decodes. Returns what came out; empty if nothing is left to do."""
+        sequence that decodes. Returns what came out, nothing for a chunk that ends inside its
+        prompt; ``active`` and ``waiting`` say whether anything is left to do."""
         for slot, sequence in enumerate(self._slots):
             if sequence is None and self._waiting:
                 self.session.reset(slot)
@@ -249,9 +196,9 @@ class Generator:
         logits = self.session.forward(
             slot,
             tokens[None],
-            np.array([s.cached]),
-            np.array([len(tokens)]),
-            np.array([[len(tokens) - 1]]),
+            np.array([s.cached], np.int32),
+            np.array([len(tokens)], np.int32),
+            np.array([[len(tokens) - 1]], np.int32),
         )
         s.cached += len(tokens)
         return [] if s.cached < len(s.prompt) else [self._take(slot, logits[0, 0])]
@@ -282,9 +229,9 @@ class Generator:
         assert s is not None
         try:
             token = sample(logits, s.params, s.rng)
-        except UsageError as e:
+        except RazorError as e:
             self._slots[slot] = None
-            return Event(s.request, None, "", "error", str(e))
+            return Event(s.request, None, self._flush(s), "error", str(e))
         if token in s.stop_ids:
             self._slots[slot] = None
             return Event(s.request, None, self._flush(s), "stop")
@@ -336,35 +283,44 @@ class Generator:
     ) -> list[Completion]:
         """Generate for all prompts, as many at a time as there are slots.
 
+        A request that fails does not end the others: look at ``Completion.error``.
+
         Args:
             params: one for all, or one for each prompt.
             on_event: called with (index of the prompt, event) as tokens come.
 
         Raises:
-            UsageError: as ``submit``, or if a request ended in an error.
+            UsageError: as ``submit``, or requests submitted before are still here.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"params: expected {len(prompts)}, found {len(each)}")
-        index = {}
+        if self.active or self.waiting:
+            raise UsageError("run: other requests are not finished yet; move them on with step()")
+        index: dict[int, int] = {}
         try:
             for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
-                index[self.submit(prompt, p)] = i
+                index[self._submit_numbered(prompt, p, i, len(prompts))] = i
             results = [Completion(len(prompt)) for prompt in prompts]
-            left = len(prompts)
-            while left:
+            while self.active or self.waiting:
                 for event in self.step():
-                    i = index[event.request]
-                    if event.error:
-                        raise UsageError(event.error)
+                    result = results[index[event.request]]
                     if event.token is not None:
-                        results[i].tokens.append(event.token)
-                    results[i].text += event.text
+                        result.tokens.append(event.token)
+                    result.text += event.text
                     if event.finished:
-                        results[i].finished, left = event.finished, left - 1
+                        result.finished, result.error = event.finished, event.error
                     if on_event:
-                        on_event(i, event)
+                        on_event(index[event.request], event)
             return results
         finally:
             for request in index:
                 self.cancel(request)
+
+    def _submit_numbered(
+        self, prompt: Sequence[int], params: SamplingParams, i: int, count: int
+    ) -> int:
+        try:
+            return self.submit(prompt, params)
+        except UsageError as e:
+            raise e if count == 1 else UsageError(f"prompt {i + 1} of {count}: {e}") from None

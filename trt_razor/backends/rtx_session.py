@@ -8,25 +8,24 @@ are first brought to the same side by a copy on the device.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trt_razor.backends.cuda import Cuda, import_cudart
+from trt_razor.backends.rtx_builder import collect_errors, first_line
 from trt_razor.backends.tensorrt_rtx import (
     ENGINE_FILE,
     IO_FILE,
     IO_SCHEMA,
     IO_VERSION,
     PROFILES,
-    collect_errors,
     import_tensorrt_rtx,
 )
-from trt_razor.errors import MissingExtra, RazorError, UsageError
+from trt_razor.errors import RazorError, UsageError
 from trt_razor.planner import CacheTensor
 
 ALIGNMENT = 256
@@ -57,7 +56,9 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise RazorError(f"{path}: schema: expected '{IO_SCHEMA}'; rebuild the engine")
     if data.get("version") != IO_VERSION:
         found = repr(data.get("version"))[:60]
-        raise RazorError(f"{path}: version: expected {IO_VERSION}, found {found}; rebuild the engine")
+        raise RazorError(
+            f"{path}: version: expected {IO_VERSION}, found {found}; rebuild the engine"
+        )
     kinds: dict[str, type] = {
         "tensorrt_rtx": str,
         "targets": list,
@@ -69,66 +70,21 @@ def read_facts(directory: Path) -> dict[str, Any]:
         "outputs": list,
     }
     for name, kind in kinds.items():
-        value = data.get(name)
-        if not isinstance(value, kind) or (kind is int and (value is True or value < 1)):
+        value: Any = data.get(name)
+        if not isinstance(value, kind) or (isinstance(value, int) and (value is True or value < 1)):
             raise RazorError(
                 f"{path}: {name}: expected {kind.__name__}, found {repr(value)[:60]}; rebuild the "
                 "engine"
             )
     for side in ("inputs", "outputs"):
         for i, tensor in enumerate(data[side]):
-            if not isinstance(tensor, dict) or {"name", "dtype", "shape"} - tensor.keys():
+            if not isinstance(tensor, dict) or not (
+                isinstance(tensor.get("name"), str) and isinstance(tensor.get("shape"), list)
+            ):
                 raise RazorError(
-                    f"{path}: {side}[{i}]: expected name, dtype and shape; rebuild the engine"
+                    f"{path}: {side}[{i}]: expected a name and a shape; rebuild the engine"
                 )
     return data
-
-
-class Cuda:
-    """The few CUDA runtime calls a session needs; every failure is a RazorError.
-
-    Args:
-        api: ``cuda.bindings.runtime``.
-    """
-
-    def __init__(self, api: Any) -> None:
-        self.api = api
-        self._owned: list[int] = []
-        # Also runs when a session's constructor fails half-way.
-        weakref.finalize(self, _free, api, self._owned)
-
-    def call(self, name: str, *args: Any) -> Any:
-        """``api.name(*args)`` without its leading error code."""
-        error, *rest = getattr(self.api, name)(*args)
-        if error != self.api.cudaError_t.cudaSuccess:
-            text = self.api.cudaGetErrorString(error)[1]
-            text = text.decode() if isinstance(text, bytes) else str(text)
-            raise RazorError(f"CUDA: {name} failed: {text}")
-        return rest[0] if rest else None
-
-    def alloc(self, nbytes: int, what: str) -> int:
-        """Address of new device memory, freed with this object."""
-        try:
-            address = int(self.call("cudaMalloc", nbytes))
-        except RazorError as e:
-            raise RazorError(
-                f"{e}; allocating {nbytes} bytes for {what}: use fewer slots, or build with a "
-                "smaller --max-seq-len or --max-batch-size"
-            ) from None
-        self._owned.append(address)
-        return address
-
-    def copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
-        """kind: HostToDevice, DeviceToHost or DeviceToDevice."""
-        kind_value = getattr(self.api.cudaMemcpyKind, f"cudaMemcpy{kind}")
-        self.call("cudaMemcpyAsync", target, source, nbytes, kind_value, stream)
-
-
-def _free(api: Any, owned: list[int]) -> None:
-    for address in owned:
-        with contextlib.suppress(Exception):  # at exit the driver may be gone already
-            api.cudaFree(address)
-    owned.clear()
 
 
 class _DeviceCache:
@@ -185,7 +141,7 @@ class RtxSession:
         self._trt = trt or import_tensorrt_rtx("running a TensorRT-RTX engine")
         self._check_version(directory, facts)
         self._check_caches(directory, facts, caches, max_seq_len)
-        self._cuda = cuda = Cuda(cudart or _import_cudart())
+        self._cuda = cuda = Cuda(cudart or import_cudart())
         self._check_gpu(directory, facts)
         self.num_slots = num_slots
         self.max_seq_len = max_seq_len
@@ -194,7 +150,7 @@ class RtxSession:
         self.max_logits: int = facts["max_logits"]
         self.vocab_size = int(facts["outputs"][0]["shape"][2])
 
-        self._stream = cuda.call("cudaStreamCreate")
+        self._stream = cuda.stream()
         self._load(directory / ENGINE_FILE)
         self._caches = [_DeviceCache(cuda, t, num_slots) for t in caches]
         self._side = np.zeros(num_slots, np.int64)  # which copy of a slot is current
@@ -209,7 +165,9 @@ class RtxSession:
         }
         self._small = {name: cuda.alloc(size, name) for name, size in sizes.items()}
         weights = [c for c in self._caches if c.tensor.kind == "comp_log_weight"]
-        self._unused_weights = np.full(max((c.slot_bytes // 4 for c in weights), default=0), -np.inf, np.float32)
+        self._unused_weights = np.full(
+            max((c.slot_bytes // 4 for c in weights), default=0), -np.inf, np.float32
+        )
         for slot in range(num_slots):
             self.reset(slot)
 
@@ -236,7 +194,7 @@ class RtxSession:
                 f"{where}: max_seq_len: expected {max_seq_len}, found {facts['max_seq_len']}; "
                 "rebuild the engine"
             )
-        found = {t["name"]: (t["dtype"], list(t["shape"][1:])) for t in facts["inputs"]}
+        found = {t["name"]: (t.get("dtype"), t["shape"][1:]) for t in facts["inputs"]}
         expected = {t.name: (DTYPES[t.dtype], list(t.shape)) for t in caches}
         for name in SMALL_INPUTS:
             if found.pop(name, None) is None:
@@ -257,7 +215,9 @@ class RtxSession:
         try:
             count = cuda.call("cudaGetDeviceCount")
         except RazorError as e:
-            raise RazorError(f"{directory}: a TensorRT-RTX engine needs a GPU ({e}); {hint}") from None
+            raise RazorError(
+                f"{directory}: a TensorRT-RTX engine needs a GPU ({e}); {hint}"
+            ) from None
         if not count:
             raise RazorError(f"{directory}: a TensorRT-RTX engine needs a GPU, found none; {hint}")
         device = cuda.call("cudaGetDevice")
@@ -291,9 +251,7 @@ class RtxSession:
             context = self._engine.create_execution_context(
                 trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
             )
-            if context is None or not context.set_optimization_profile_async(
-                i, int(self._stream)
-            ):
+            if context is None or not context.set_optimization_profile_async(i, int(self._stream)):
                 raise RazorError(
                     f"{path}: no memory for profile '{PROFILES[i]}': {self._first_error()}"
                 )
@@ -301,8 +259,7 @@ class RtxSession:
         self._sync()
 
     def _first_error(self) -> str:
-        messages = self._errors.messages
-        return " ".join(messages[0].split())[:300] if messages else "no reason given"
+        return first_line(self._errors.messages)
 
     # Session --------------------------------------------------------------------------------
     @property
@@ -348,7 +305,7 @@ class RtxSession:
         context = self._contexts[1 if seq == wanted == 1 else 0]
         lo, hi = first_slot, first_slot + rows
         side = self._same_side(lo, hi)
-        feeds = {
+        feeds: dict[str, np.ndarray] = {
             "input_ids": np.ascontiguousarray(tokens, np.int32),
             "past": np.ascontiguousarray(past, np.int32),
             "chunk": np.ascontiguousarray(chunk, np.int32),
@@ -371,9 +328,7 @@ class RtxSession:
             raise RazorError(f"TensorRT-RTX failed to run the engine: {self._first_error()}")
         for cache in self._caches:
             if cache.staged(lo):
-                self._on_device(
-                    cache.at(1 - side, lo), cache.scratch[1], rows * cache.slot_bytes
-                )
+                self._on_device(cache.at(1 - side, lo), cache.scratch[1], rows * cache.slot_bytes)
         logits = np.empty((rows, wanted, self.vocab_size), np.float32)
         self._cuda.copy(
             logits.ctypes.data, self._small["logits"], logits.nbytes, "DeviceToHost", self._stream
@@ -423,13 +378,3 @@ def past_span(past: int, max_seq_len: int) -> int:
     """
     step = max(MIN_SPAN, (1 << past.bit_length()) // (2 * SPANS_PER_OCTAVE))
     return min(-(-max(past, 1) // step) * step, max_seq_len)
-
-
-def _import_cudart() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except ImportError:
-        raise MissingExtra(
-            "cuda-bindings", "tensorrt-rtx", "running a TensorRT-RTX engine"
-        ) from None
-    return runtime

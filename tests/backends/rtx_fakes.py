@@ -1,0 +1,254 @@
+"""Stand-ins for CUDA and TensorRT-RTX's runtime: device memory is host memory, and executing an
+engine runs the same ONNX graph in ONNX Runtime.
+
+They check what the real ones demand: addresses inside one allocation and aligned, shapes inside
+the profile. Fresh memory is full of NaN bytes, so that nothing can rely on what was never written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from trt_razor.backends.base import EngineOptions
+from trt_razor.backends.tensorrt_rtx import (
+    IO_SCHEMA,
+    IO_VERSION,
+    TARGETS,
+    _inline_file,
+    max_logits,
+    profile_shapes,
+)
+from trt_razor.graph.decoder import export_decoder
+from trt_razor.models.checkpoint import Checkpoint
+
+VERSION = "9.9.9"
+
+
+class Error(enum.IntEnum):
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
+
+
+class FakeCudart:
+    """The part of ``cuda.bindings.runtime`` that a session uses.
+
+    Args:
+        memory: bytes that can be allocated in all.
+    """
+
+    cudaError_t = Error
+
+    class cudaMemcpyKind(enum.IntEnum):
+        cudaMemcpyHostToDevice = 1
+        cudaMemcpyDeviceToHost = 2
+        cudaMemcpyDeviceToDevice = 3
+
+    class cudaDeviceAttr(enum.IntEnum):
+        cudaDevAttrComputeCapabilityMajor = 75
+        cudaDevAttrComputeCapabilityMinor = 76
+
+    def __init__(
+        self, capability: tuple[int, int] = (8, 9), devices: int = 1, memory: int = 1 << 30
+    ) -> None:
+        self.capability = capability
+        self.devices = devices
+        self.memory = memory
+        self.live: dict[int, np.ndarray] = {}
+        self.device_copies = 0
+
+    def cudaGetErrorString(self, error: Error) -> tuple[Error, bytes]:
+        return Error.cudaSuccess, error.name.encode()
+
+    def cudaGetDeviceCount(self) -> tuple[Error, int | None]:
+        if self.devices < 0:
+            return Error.cudaErrorInsufficientDriver, None
+        return Error.cudaSuccess, self.devices
+
+    def cudaGetDevice(self) -> tuple[Error, int]:
+        return Error.cudaSuccess, 0
+
+    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Error, int]:
+        minor = attribute == self.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor
+        return Error.cudaSuccess, self.capability[int(minor)]
+
+    def cudaStreamCreate(self) -> tuple[Error, int]:
+        return Error.cudaSuccess, 1234
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Error]:
+        return (Error.cudaSuccess,)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Error]:
+        return (Error.cudaSuccess,)
+
+    def cudaMalloc(self, size: int) -> tuple[Error, int | None]:
+        if sum(a.nbytes for a in self.live.values()) + size > self.memory:
+            return Error.cudaErrorMemoryAllocation, None
+        whole = np.full(size + 512, 0xFF, np.uint8)
+        start = -whole.ctypes.data % 256
+        block = whole[start : start + size]
+        self.live[block.ctypes.data] = block
+        return Error.cudaSuccess, block.ctypes.data
+
+    def cudaFree(self, address: int) -> tuple[Error]:
+        del self.live[address]
+        return (Error.cudaSuccess,)
+
+    def view(self, address: int, size: int) -> np.ndarray | None:
+        """Device bytes, or None if they are not inside one allocation."""
+        for base, block in self.live.items():
+            if base <= address and address + size <= base + block.nbytes:
+                return block[address - base : address - base + size]
+        return None
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[Error]:
+        view = self.view(address, size)
+        if view is None:
+            return (Error.cudaErrorInvalidValue,)
+        view.fill(value)
+        return (Error.cudaSuccess,)
+
+    def cudaMemcpyAsync(
+        self, target: int, source: int, size: int, kind: int, stream: int
+    ) -> tuple[Error]:
+        if kind != 2 and self.view(target, size) is None:
+            return (Error.cudaErrorInvalidValue,)
+        if kind != 1 and self.view(source, size) is None:
+            return (Error.cudaErrorInvalidValue,)
+        self.device_copies += kind == 3
+        ctypes.memmove(target, source, size)
+        return (Error.cudaSuccess,)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.profile = -1
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, f"{name}: address {address} is not aligned"
+        self.addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.engine.profiles[self.profile]
+        for bound, sign in ((low, 1), (high, -1)):
+            limits = bound.get(name, (bound["past"][0], *shape[1:]))
+            if any(sign * a < sign * b for a, b in zip(shape, limits, strict=True)):
+                return False
+        self.shapes[name] = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        session, cudart = self.engine.session, self.engine.cudart
+        kinds = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int8)": np.int8}
+        feeds, used = {}, []
+        for value in session.get_inputs():
+            dtype, shape = np.dtype(kinds[value.type]), self.shapes[value.name]
+            size = int(np.prod(shape)) * dtype.itemsize
+            view = cudart.view(self.addresses[value.name], size)
+            assert view is not None, f"{value.name}: outside of its allocation"
+            feeds[value.name] = view.view(dtype).reshape(shape).copy()
+            used.append((self.addresses[value.name], size))
+        names = [o.name for o in session.get_outputs()]
+        for name, value in zip(names, session.run(names, feeds), strict=True):
+            address = self.addresses[name]
+            view = cudart.view(address, value.nbytes)
+            assert view is not None, f"{name}: outside of its allocation"
+            for start, size in used:
+                assert address + value.nbytes <= start or start + size <= address, "aliased"
+            view[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        return True
+
+
+class _Engine:
+    def __init__(self, session: Any, cudart: FakeCudart, profiles: Any) -> None:
+        self.session, self.cudart, self.profiles = session, cudart, profiles
+
+    def create_execution_context(self, strategy: int) -> _Context:
+        return _Context(self)
+
+
+class FakeTrt:
+    """The part of ``tensorrt_rtx`` that a session uses; an engine file holds the graph's path."""
+
+    __version__ = VERSION
+
+    class ILogger:
+        class Severity(enum.Enum):
+            ERROR = 1
+
+    class ExecutionContextAllocationStrategy(enum.Enum):
+        ON_PROFILE_CHANGE = 1
+
+    def __init__(self, cudart: FakeCudart, options: EngineOptions) -> None:
+        self.cudart, self.options = cudart, options
+
+    def Runtime(self, logger: Any) -> Any:
+        outer = self
+
+        class Runtime:
+            def deserialize_cuda_engine(self, plan: bytes) -> _Engine | None:
+                if not plan.startswith(b"graph:"):
+                    logger.log(FakeTrt.ILogger.Severity.ERROR, "Magic tag does not match.\nmore")
+                    return None
+                session = onnxruntime.InferenceSession(
+                    plan[6:].decode(), providers=["CPUExecutionProvider"]
+                )
+                return _Engine(session, outer.cudart, profile_shapes(outer.options))
+
+        return Runtime()
+
+
+def write_fake_engine(checkpoint: Checkpoint, options: EngineOptions, directory: Path) -> Path:
+    """An engine folder for the stand-ins; returns the graph that ONNX Runtime can open as it is."""
+    plain, flat = directory / "plain", directory / "flat"
+    for folder in (plain, flat):
+        folder.mkdir()
+        graph = export_decoder(checkpoint, options.graph, folder)
+    _inline_file(graph)
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    names = {"tensor(float)": "FLOAT", "tensor(int32)": "INT32", "tensor(int8)": "INT8"}
+
+    def facts(values: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": v.name,
+                "dtype": names[v.type],
+                "shape": [d if isinstance(d, int) else -1 for d in v.shape],
+            }
+            for v in values
+        ]
+
+    (directory / "model.engine").write_bytes(b"graph:" + str(graph).encode())
+    (directory / "io.json").write_text(
+        json.dumps(
+            {
+                "schema": IO_SCHEMA,
+                "version": IO_VERSION,
+                "tensorrt_rtx": VERSION,
+                "targets": list(TARGETS),
+                "max_batch_size": options.max_batch_size,
+                "max_seq_len": options.graph.max_seq_len,
+                "max_chunk": options.max_chunk,
+                "max_logits": max_logits(options),
+                "inputs": facts(session.get_inputs()),
+                "outputs": facts(session.get_outputs()),
+            }
+        )
+    )
+    return plain / "model.onnx"

@@ -1,0 +1,51 @@
+"""An engine as a table for the console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from trt_razor.engine import Engine
+
+
+def render(engine: Engine) -> RenderableType:
+    """What a verified engine is, for ``rich.console.Console.print``."""
+    from rich.table import Table
+    from rich.text import Text
+
+    m = engine.manifest
+    s, facts = m.spec, ", ".join(f"{k} {v}" for k, v in m.facts.items())
+    rows = [
+        ("engine", str(engine.directory)),
+        ("built", f"{m.created} by trt_razor {m.trt_razor}"),
+        ("backend", f"{m.backend} ({facts})"),
+        (
+            "model",
+            f"{s.name}: {s.num_layers} layers, {s.num_heads} heads, {s.num_kv_heads} KV heads",
+        ),
+        ("fingerprint", s.fingerprint()[:16]),
+        ("checkpoint", m.checkpoint[:16]),
+        ("limits", f"{m.max_batch_size} slots × {m.max_seq_len:,} tokens, {m.dtype}"),
+        (
+            "prefill",
+            f"chunks of {m.prefill_chunk:,} tokens" if m.prefill_chunk else "whole prompts",
+        ),
+        ("KV per slot", f"{m.kv_bytes_per_slot:,} bytes (dense: {m.dense_kv_bytes_per_slot:,})"),
+    ]
+    if m.policy is not None and m.heads is not None:
+        p, h = m.policy, m.heads
+        c = f"n / {p.compression}, at least {p.min_window}" if p.compression else str(p.min_window)
+        kept = f"{p.sink_tokens} sinks, window {c}, {p.comp_tokens} compensation tokens"
+        rows += [
+            ("heads", f"{h.retrieval_heads} retrieve ({h.share:.1%}), {h.method}"),
+            ("local heads", kept),
+        ]
+    else:
+        rows.append(("attention", "dense"))
+    rows += [("file", f"{f.path}  {f.size:,} bytes  sha256 {f.sha256[:12]}… ok") for f in m.files]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
