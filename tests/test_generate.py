@@ -444,6 +444,17 @@ def test_stop_text_needs_a_tokenizer() -> None:
 
 
 # Real engines ---------------------------------------------------------------------------------
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Threads cost more than they give on a model this small."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def reference_greedy(model: TinyModel, engine: Engine, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens by the reference, with the chunks the engine reads."""
     from trt_razor.reference.decoder import ReferenceDecoder
@@ -460,6 +471,7 @@ def reference_greedy(model: TinyModel, engine: Engine, prompt: list[int], count:
     return tokens
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("kind", ["razor_engine", "dense_engine", "whole prompts", "clusters"])
 def test_greedy_generation_is_the_reference_token_for_token(

@@ -1,5 +1,7 @@
 """The exported graph, run by ONNX Runtime in place, against the reference: outputs and caches.
 
+Both as exported, with the operator as a local function, and flattened as engines have it.
+
 Batches of unequal rows, random chunks (idle rows, single tokens, prompts), through the first drop,
 the ring's wrap and many folds.
 """
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from trt_razor.backends.onnxruntime import OrtSession
+from trt_razor.backends.onnxruntime import OrtSession, flatten
 from trt_razor.graph.decoder import export_decoder
 from trt_razor.graph.options import GraphOptions
 from trt_razor.policy import RazorPolicy
@@ -37,12 +39,13 @@ LAYERS = {
 }
 
 
-def run_both(checkpoint, options, directory: Path, seed: int, steps: int = 14, dtype=torch.float32):
+def run_both(checkpoint, options, directory: Path, seed: int, flat: bool = True, steps: int = 14):
     """Worst relative error of logits, and the two caches, after random chunks."""
-    session = OrtSession(
-        export_decoder(checkpoint, options, directory), options.caches(checkpoint.spec), ROWS, N_MAX, 1
-    )
-    reference = ReferenceDecoder(checkpoint, dtype)
+    graph = export_decoder(checkpoint, options, directory)
+    if flat:
+        flatten(graph)
+    session = OrtSession(graph, options.caches(checkpoint.spec), ROWS, N_MAX, 1)
+    reference = ReferenceDecoder(checkpoint, torch.float32)
     caches = [
         reference.new_cache(options.policy, options.head_map, options.max_seq_len)
         for _ in range(ROWS)
@@ -95,12 +98,13 @@ def cache_errors(options, spec, session, caches, past):
     return worst
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "function"])
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_rope(policy, layers, make_spec, make_checkpoint, make_map, tmp_path):
+def test_rope(policy, layers, flat, make_spec, make_checkpoint, make_map, tmp_path):
     spec = make_spec(architecture="qwen3", qkv_bias=True, qk_norm=True)
     options = GraphOptions(policy, make_map(spec, *layers), N_MAX)
-    worst, *state = run_both(make_checkpoint(spec), options, tmp_path, seed=len(layers[0]))
+    worst, *state = run_both(make_checkpoint(spec), options, tmp_path, len(layers[0]), flat)
     assert worst < TOLERANCE
     errors = cache_errors(options, spec, *state)
     assert max(errors.values()) < TOLERANCE, errors
@@ -125,7 +129,9 @@ def test_dense_graph(make_spec, make_checkpoint, tmp_path):
 def test_float16(make_spec, make_checkpoint, make_map, tmp_path):
     """Half precision: the same computation with 11-bit mantissas (tolerance 2 %)."""
     spec = make_spec()
-    options = GraphOptions(POLICIES["growing window"], make_map(spec, (1,), (0, 2)), N_MAX, "float16")
+    options = GraphOptions(
+        POLICIES["growing window"], make_map(spec, (1,), (0, 2)), N_MAX, "float16"
+    )
     worst, *_ = run_both(make_checkpoint(spec), options, tmp_path, seed=2)
     assert 1e-5 < worst < 2e-2
 
@@ -140,7 +146,9 @@ def test_window_as_long_as_the_sequence_is_dense(make_spec, make_checkpoint, mak
         graph = export_decoder(checkpoint, options, tmp_path / name)
         session = OrtSession(graph, options.caches(spec), 1, N_MAX, 1)
         parts = [
-            session.forward(0, tokens[:, a:b], np.array([a]), np.array([b - a]), np.arange(b - a)[None])
+            session.forward(
+                0, tokens[:, a:b], np.array([a]), np.array([b - a]), np.arange(b - a)[None]
+            )
             for a, b in ((0, 20), (20, 21), (21, 50))
         ]
         logits.append(np.concatenate(parts, axis=1))

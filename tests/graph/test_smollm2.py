@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from trt_razor.backends.onnxruntime import OrtSession
+from trt_razor.backends.onnxruntime import OrtSession, flatten
 from trt_razor.graph.decoder import export_decoder
 from trt_razor.graph.options import GraphOptions
 from trt_razor.headmap import HeadMap
@@ -50,8 +50,9 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def session_for(checkpoint, options, folder: Path, slots: int) -> OrtSession:
-    caches = options.caches(checkpoint.spec)
-    return OrtSession(export_decoder(checkpoint, options, folder), caches, slots, N_MAX)
+    graph = export_decoder(checkpoint, options, folder)
+    flatten(graph)
+    return OrtSession(graph, options.caches(checkpoint.spec), slots, N_MAX)
 
 
 def prefill(session, slot: int, tokens: np.ndarray, chunk: int) -> np.ndarray:
@@ -89,9 +90,7 @@ def test_razor_engine_equals_reference(comp_tokens, checkpoint, head_map, text, 
     assert policy.dropped(1500) > 1000  # the comparison really was past the window
 
 
-def test_dense_engine_equals_transformers_and_a_long_window(
-    checkpoint, head_map, text, tmp_path
-):
+def test_dense_engine_equals_transformers_and_a_long_window(checkpoint, head_map, text, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the extra [test]")
     spec = checkpoint.spec
     model = transformers.LlamaForCausalLM(

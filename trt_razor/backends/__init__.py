@@ -14,7 +14,7 @@ PLANNED = {
     "tensorrt": "the TensorRT plugin is not part of this version yet",
     "tensorrt-llm": "the TensorRT-LLM integration is not part of this version yet",
 }
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 def get_backend(name: str) -> Backend:

@@ -17,6 +17,7 @@ import numpy as np
 from trt_razor.backends.base import EngineOptions, Progress
 from trt_razor.cache_layout import CacheTensor
 from trt_razor.errors import MissingExtra, RazorError, UsageError
+from trt_razor.files import write_bytes_atomic
 from trt_razor.graph.options import weight_bytes
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
@@ -171,7 +172,7 @@ class OnnxRuntimeBackend:
     ) -> dict[str, str]:
         """See ``Backend.build``."""
         ort = import_onnxruntime()
-        write_graph(checkpoint, options, staging, progress)
+        flatten(write_graph(checkpoint, options, staging, progress))
         return {"onnxruntime": ort.__version__, "target": "cpu"}
 
     def open(
@@ -179,6 +180,20 @@ class OnnxRuntimeBackend:
     ) -> OrtSession:
         """See ``Backend.open``."""
         return OrtSession(directory / "model.onnx", caches, num_slots, max_seq_len)
+
+
+def flatten(graph: Path) -> None:
+    """Inline the operator's body into a graph file and merge what all layers compute alike.
+
+    ONNX Runtime would inline it at every start, more slowly, and repeat the index arithmetic of
+    each layer in each step.
+    """
+    import onnx
+
+    from trt_razor.graph.inline import inline_graph
+
+    model = inline_graph(onnx.load(graph, load_external_data=False), in_place=True)
+    write_bytes_atomic(graph, model.SerializeToString(deterministic=True))
 
 
 def write_graph(

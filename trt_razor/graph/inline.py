@@ -30,22 +30,24 @@ NONDETERMINISTIC = frozenset(
 _Key = tuple[Any, ...]
 
 
-def inline_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+def inline_graph(model: onnx.ModelProto, in_place: bool = False) -> onnx.ModelProto:
     """The same computation without local functions, duplicate nodes and unused nodes.
 
     Node names come out unique over the graph and the bodies of its conditions; names of graph
-    inputs, outputs and initialisers stay. An executor that gives outputs the memory of inputs must
-    not run the result: merging keeps values, not the order of reads and writes.
+    inputs, outputs and initialisers stay.
 
     Args:
         model: a valid model; it is not changed. Loaded with ``load_external_data=False`` it stays
             small, and the result is to be saved into the same folder.
+        in_place: the executor gives cache outputs the memory of cache inputs. The operator orders
+            the write of a cache after the copy (Slice) that is its last read by asking that copy
+            for its size; such questions are left as they are.
 
     Returns:
         A new model.
     """
     flat: onnx.ModelProto = inliner.inline_local_functions(model)
-    _share_dimensions(flat)
+    _share_dimensions(flat, in_place)
     _merge_equal(flat.graph, ChainMap(), ChainMap())
     _drop_unused(flat.graph)
     _name_nodes(flat.graph, set())
@@ -76,7 +78,7 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from _all_nodes(body)
 
 
-def _share_dimensions(model: onnx.ModelProto) -> None:
+def _share_dimensions(model: onnx.ModelProto, keep_slices: bool) -> None:
     """Read every named dimension from the first graph input that has it.
 
     A layer asks its own activations for batch and length. Shape inference knows that they are the
@@ -89,8 +91,11 @@ def _share_dimensions(model: onnx.ModelProto) -> None:
                 source.setdefault(name, (value.name, axis))
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     names = {v.name: _dimension_names(v) for v in (*inferred.input, *inferred.value_info)}
+    slices = {node.output[0] for node in model.graph.node if node.op_type == "Slice"}
     for node in model.graph.node:
         if node.op_type != "Shape" or node.domain not in ("", "ai.onnx"):
+            continue
+        if keep_slices and node.input[0] in slices:
             continue
         known = names.get(node.input[0], [])
         attributes = {a.name: a for a in node.attribute}

@@ -289,7 +289,7 @@ def _find_by_scope(
     if count == scopes.size:
         warnings = (
             f"every head's scope exceeds the window of {window} tokens, so no cache is saved; "
-            f"a scope share keeps only those that see farthest",
+            f"a larger window or a scope share keeps only those that see farthest",
         )
     head_map = HeadMap(
         model=spec.name,

@@ -29,8 +29,8 @@ class SelectionOptions:
         induction_share: 0.14 in the paper.
         echo_share: 0.01 in the paper.
         combined_share: share of the method ``combined``.
-        min_echo: fewest heads an ``echo_share`` above 0 selects. 1 % of a small model is one head,
-            and that loses the needle (docs/heads.md).
+        min_echo: fewest heads an ``echo_share`` above 0 selects. 1 % of a small model is a
+            single head, too few to rely on (docs/heads.md).
 
     Raises:
         UsageError: unknown method, a share outside 0..1, a negative floor.
