@@ -1,18 +1,17 @@
-"""An engine as a table for the console."""
+"""An engine as lines for the console."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.text import Text
 
     from trt_razor.engine import Engine
 
 
-def render(engine: Engine) -> RenderableType:
-    """What a verified engine is, for ``rich.console.Console.print``."""
-    from rich.table import Table
+def render(engine: Engine) -> Text:
+    """What a verified engine is, one fact a line, for ``rich.console.Console.print``."""
     from rich.text import Text
 
     m = engine.manifest
@@ -45,7 +44,6 @@ def render(engine: Engine) -> RenderableType:
     else:
         rows.append(("attention", "dense"))
     rows += [("file", f"{f.path}  {f.size:,} bytes  sha256 {f.sha256[:12]}… ok") for f in m.files]
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
+    return Text("\n").join(
+        Text.assemble((f"{name:<13}", "bold"), " ".join(value.split())) for name, value in rows
+    )

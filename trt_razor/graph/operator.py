@@ -241,11 +241,11 @@ class _Body:
             s = n.mul(n.cast(s, "float32"), n.f32(self.cfg.head_dim**-0.5))
         return n.reshape(s, self.batch, heads, self.g, self.seq, -1)
 
-    def _weighted(self, weights: str, v: str, heads: int, dtype: str) -> str:
-        """weights [B, H, g, S, rows] · v [B, H, rows, D] → [B, H, g S, D] of ``dtype``."""
+    def _weighted(self, weights: str, v: str, heads: int) -> str:
+        """weights [B, H, g, S, rows] · v [B, H, rows, D] → [B, H, g S, D]."""
         n = self.n
         w = n.reshape(weights, self.batch, heads, n.mul(self.seq, n.i64s([self.g])), -1)
-        return n.op("MatMul", n.cast(w, dtype) if dtype != "float32" else w, v)
+        return n.op("MatMul", n.cast(w, self.cfg.dtype) if self.half else w, v)
 
     def _finish(self, out: str, heads: int) -> str:
         return self.n.reshape(out, self.batch, heads, self.g, self.seq, self.cfg.head_dim)
@@ -286,7 +286,7 @@ class _Body:
         mask = n.unsqueeze(self._mask(visible), 1, 2)
         scores = self._bias(self._scores(q, rows[0], r), mask, heads, pos)
         weights = n.op("Softmax", scores, axis=-1)
-        return self._finish(self._weighted(weights, rows[1], r, self.cfg.dtype), r)
+        return self._finish(self._weighted(weights, rows[1], r), r)
 
     # Local heads: attend to [kept rows and ring | compensation | chunk], then update -------------
     def _dropped(self, length: str) -> str:
@@ -300,7 +300,7 @@ class _Body:
 
     def _local(self, q: str, k: str, v: str) -> str:
         n, cfg, heads = self.n, self.cfg, self.cfg.local_heads
-        lh, p = len(heads), cfg.policy
+        lh = len(heads)
         self.d0 = self._dropped(self.past)  # [B, 1]
         self.d1 = self._dropped(n.add(self.past, self.chunk))
 
@@ -323,9 +323,8 @@ class _Body:
         parts = [self._bias(self._scores(q, old_k, lh), old_mask, heads, n.unsqueeze(pos, 1))]
         if cfg.has_comp:
             self._read_comp()
-            comp_k, comp_v = self.comp_k, self.comp_v
             q32 = n.mul(n.cast(q, "float32"), n.f32(cfg.head_dim**-0.5)) if self.half else q
-            s = n.transposed_matmul(q32, comp_k, 4)
+            s = n.transposed_matmul(q32, self.comp_k, 4)
             s = n.reshape(s, self.batch, lh, self.g, self.seq, -1)
             log_weight = n.unsqueeze(self.log_weight, 2, 3)
             middle = n.sub(n.cast(self.d0, "float32"), n.f32(1.0))
@@ -336,16 +335,11 @@ class _Body:
         parts.append(self._bias(self._scores(q, k, lh), self._mask(causal), heads, new_pos))
 
         weights = n.op("Softmax", n.concat(*parts, axis=4), axis=-1)
-        m_end = n.add(end, n.i64s([p.comp_tokens])) if cfg.has_comp else end
-        infinity = n.i64s([np.iinfo(np.int64).max])
-        out = n.add(
-            self._weighted(n.slice(weights, n.i64s([0]), end, 4), old_v, lh, cfg.dtype),
-            self._weighted(n.slice(weights, m_end, infinity, 4), v, lh, cfg.dtype),
-        )
+        values = [old_v, v]
         if cfg.has_comp:
-            extra = self._weighted(n.slice(weights, end, m_end, 4), comp_v, lh, "float32")
-            out = n.add(out, n.cast(extra, cfg.dtype) if self.half else extra)
+            values.insert(1, n.cast(self.comp_v, cfg.dtype) if self.half else self.comp_v)
             self._fold(k, v, old_k, old_v, end)
+        out = self._weighted(weights, n.concat(*values, axis=2), lh)
         self._update_local(k, v, old_k, old_v)
         return self._finish(out, lh)
 
