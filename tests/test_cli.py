@@ -48,6 +48,7 @@ def refused(capsys: Capture, code: int, words: str, *argv: object) -> None:
 
 def process(*argv: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
+    env.pop("PYTHONUNBUFFERED", None)  # it would hide what fails in the last flush
     return subprocess.run(
         [sys.executable, "-m", "trt_razor.cli", *map(str, argv)],
         stderr=subprocess.PIPE,

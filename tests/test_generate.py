@@ -346,6 +346,15 @@ def test_draws_follow_the_probabilities() -> None:
     assert (np.abs(drawn - n * p) <= 4 * sigma).all()
 
 
+def test_what_cannot_come_does_not_come_for_the_smallest_draw() -> None:
+    class Zero:
+        def random(self) -> float:
+            return 0.0
+
+    rng: Any = Zero()
+    assert sample(np.float32([-INF, 1, 1]), SamplingParams(temperature=1.0), rng) == 1
+
+
 def test_greedy_is_the_first_largest() -> None:
     rng = np.random.default_rng(0)
     logits = np.array([1, 5, 5, -INF], np.float32)
