@@ -41,6 +41,7 @@ $(VENV)/demo.stamp: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) install -c constraints.txt -e '.[heads,onnxruntime,gguf,tensorrt-rtx,test]'
+	$(PIP) install --no-deps xllamacpp==2026.10.11549  # llama.cpp: a second opinion on GGUF and text
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp

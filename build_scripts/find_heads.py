@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trt_razor.cli import main
+from trt_razor.cli import heads_main
 
 if __name__ == "__main__":
-    sys.exit(main(["heads", *sys.argv[1:]]))
+    sys.exit(heads_main())

@@ -45,6 +45,14 @@ def build_main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _build(args))
 
 
+def heads_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``build_scripts/find_heads.py``: ``trt-razor heads`` under its own name."""
+    parser = Parser(prog="find_heads.py", description="Find the retrieval heads of a checkpoint.")
+    arguments.heads_arguments(parser)
+    args = parser.parse_args(argv)
+    return guarded(lambda: _heads(args))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="trt-razor",
@@ -94,6 +102,7 @@ def _heads(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
         window=args.window,
+        eps=args.eps,
         scope_share=args.scope_share,
     )
     checkpoint = open_checkpoint(args.model, args.checkpoint)
@@ -103,8 +112,12 @@ def _heads(args: argparse.Namespace) -> int:
     for path in (output, plot):
         if path is not None and path.is_dir():
             raise UsageError(f"{path}: is a folder; expected the name of a file")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("matplotlib", "heads", "drawing the heat map (or --no-plot)")
+    if plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise MissingExtra("matplotlib", "heads", "drawing the heat map (or --no-plot)")
+        from trt_razor.heads.heatmap import check_name
+
+        check_name(plot)
     with Bars() as bars:
         found = examine_heads(checkpoint, options, bars)
     head_map = found.head_map

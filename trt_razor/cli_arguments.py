@@ -111,6 +111,9 @@ def heads_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="probes; reports stability")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--window", type=int, metavar="N", help="ALiBi: tokens a local head can see")
+    p.add_argument(
+        "--eps", type=float, default=1e-5, metavar="X", help="ALiBi: unseen below (default 1e-5)"
+    )
     p.add_argument("--scope-share", type=float, metavar="X", help="ALiBi: share of heads by scope")
     p.add_argument("--device", default="cpu", help="torch device (default cpu)")
     p.add_argument("--dtype", choices=("float32", "float64"), default="float32")

@@ -183,7 +183,8 @@ class _DecoderWriter:
         for t in options.caches(s):
             inputs.append(info(t.name, DTYPES[t.dtype], ["batch", *t.shape]))
             outputs.append(info(f"{t.name}_out", DTYPES[t.dtype], ["batch", *t.shape]))
-        graph = helper.make_graph(n.list, s.name, inputs, outputs, self.weights.initializers)
+        name = s.name.encode("ascii", "replace").decode()
+        graph = helper.make_graph(n.list, name, inputs, outputs, self.weights.initializers)
         model = helper.make_model(
             graph,
             functions=list(self.functions.values()),

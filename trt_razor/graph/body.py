@@ -1,0 +1,373 @@
+"""The body of ``trt_razor::RazorAttention`` as ONNX nodes, specialised for one set of heads.
+
+The rules are those of docs/semantics.md, the interface is that of ``graph/operator.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from trt_razor.graph.nodes import Nodes
+
+if TYPE_CHECKING:
+    from trt_razor.graph.operator import RazorAttention
+
+MASKED = -1e30
+"""Added to the logit of a row that must not be seen; finite, so that no arithmetic makes NaN."""
+
+LLOYD_ROUNDS = 4
+
+
+class OperatorBody:
+    """Writes the nodes. Shapes in comments; i64 index arithmetic throughout."""
+
+    def __init__(self, cfg: RazorAttention) -> None:
+        self.cfg = cfg
+        self.n = Nodes("razor_")
+        self.half = cfg.dtype != "float32"
+        self.g = cfg.num_heads // cfg.num_kv_heads
+        p = cfg.policy
+        self.n0 = p.sink_tokens
+        self.ring = p.ring_rows(cfg.max_seq_len)
+        self.rows_cap = p.local_rows(cfg.max_seq_len)
+
+    def build(self) -> None:
+        cfg, n, d = self.cfg, self.n, self.cfg.head_dim
+        hq, hkv = cfg.num_heads, cfg.num_kv_heads
+        self.batch, self.seq = n.dim("qkv", 0), n.dim("qkv", 1)
+        self.past = n.unsqueeze(n.cast("past", "int64"), 1)  # [B, 1]
+        self.chunk = n.unsqueeze(n.cast("chunk", "int64"), 1)
+        self.index = n.unsqueeze(n.arange(self.seq), 0)  # [1, S]
+        # Padded tokens take the place of the last valid one: same position, same values, so that
+        # whatever they write is already there.
+        self.last = n.op("Max", n.sub(self.chunk, n.i64(1)), n.i64(0))  # [B, 1]
+        self.source = n.op("Min", self.index, self.last)  # [B, S]
+        self.time = n.add(self.past, self.source)  # [B, S] absolute positions
+
+        x = n.reshape("qkv", 0, 0, hq + 2 * hkv, d)
+        if cfg.position == "rope":
+            qk, v = n.split(x, [hq + hkv, hkv], axis=2)
+            q, k = n.split(self._rotate(qk), [hq, hkv], axis=2)
+        else:
+            q, k, v = n.split(x, [hq, hkv, hkv], axis=2)
+        q, k, v = (n.transpose(t, 0, 2, 1, 3) for t in (q, k, v))  # [B, H, S, D]
+        q = n.reshape(q, self.batch, hkv, -1, d)  # [B, Hkv, g S, D]
+        if not self.half:
+            q = n.mul(q, n.f32(d**-0.5))
+
+        outs = []
+        if cfg.retrieval_heads:
+            heads = cfg.retrieval_heads
+            outs.append(self._retrieval(*(self._pick(t, heads) for t in (q, k, v))))
+        if cfg.local_heads:
+            heads = cfg.local_heads
+            outs.append(self._local(*(self._pick(t, heads) for t in (q, k, v))))
+        out = n.concat(*outs, axis=1)  # [B, Hkv, g, S, D], retrieval heads first
+        order = [*cfg.retrieval_heads, *cfg.local_heads]
+        if order != sorted(order):
+            out = n.op("Gather", out, n.i64s([order.index(h) for h in range(hkv)]), axis=1)
+        out = n.transpose(out, 0, 3, 1, 2, 4)
+        n.reshape(out, self.batch, self.seq, hq * d, out="out")
+
+    # Pieces -----------------------------------------------------------------------------------
+    def _rotate(self, x: str) -> str:
+        """RoPE, half rotation, in float32: x [B, S, H, D]."""
+        n, d = self.n, self.cfg.head_dim
+        table = n.unsqueeze(n.op("Gather", "cos_sin", self.time, axis=0), 2)  # [B, S, 1, D]
+        cos, sin = n.split(table, [d // 2, d // 2], axis=3)
+        if self.half:
+            x = n.cast(x, "float32")
+        a, b = n.split(x, [d // 2, d // 2], axis=3)
+        y = n.concat(
+            n.sub(n.mul(a, cos), n.mul(b, sin)), n.add(n.mul(b, cos), n.mul(a, sin)), axis=3
+        )
+        return n.cast(y, self.cfg.dtype) if self.half else y
+
+    def _pick(self, x: str, heads: tuple[int, ...]) -> str:
+        """Rows of axis 1 (KV heads)."""
+        if len(heads) == self.cfg.num_kv_heads:
+            return x
+        return self.n.op("Gather", x, self.n.i64s(heads), axis=1)
+
+    def _index3(self, heads: int, rows: str) -> str:
+        """(b, h, rows[b, s]) for GatherND and ScatterND on [B, H, rows, D]: [B, H, S, 3]."""
+        n = self.n
+        shape = n.shape_of(self.batch, heads, self.seq)
+        parts = (
+            n.unsqueeze(n.arange(self.batch), 1, 2),
+            n.const(np.arange(heads, dtype=np.int64)[None, :, None]),
+            n.unsqueeze(rows, 1),
+        )
+        return n.concat(*(n.unsqueeze(n.op("Expand", p, shape), 3) for p in parts), axis=3)
+
+    def _scores(self, q: str, k: str, heads: int) -> str:
+        """Scaled logits, float32 [B, H, g, S, rows]."""
+        n = self.n
+        s = n.transposed_matmul(q, k, 4)
+        if self.half:
+            s = n.mul(n.cast(s, "float32"), n.f32(self.cfg.head_dim**-0.5))
+        return n.reshape(s, self.batch, heads, self.g, self.seq, -1)
+
+    def _weighted(self, weights: str, v: str, heads: int) -> str:
+        """weights [B, H, g, S, rows] · v [B, H, rows, D] → [B, H, g S, D]."""
+        n = self.n
+        w = n.reshape(weights, self.batch, heads, n.mul(self.seq, n.i64s([self.g])), -1)
+        return n.op("MatMul", n.cast(w, self.cfg.dtype) if self.half else w, v)
+
+    def _finish(self, out: str, heads: int) -> str:
+        return self.n.reshape(out, self.batch, heads, self.g, self.seq, self.cfg.head_dim)
+
+    def _mask(self, visible: str) -> str:
+        """0 where visible, MASKED elsewhere."""
+        n = self.n
+        return n.op("Where", visible, n.f32(0.0), n.f32(MASKED))
+
+    def _alibi(self, heads: tuple[int, ...], row_pos: str) -> str:
+        """−slope · (t − p): row_pos float32 [B | 1, 1 | S, rows] → [B, H, g, S, rows]."""
+        n = self.n
+        slopes = n.reshape("alibi_slopes", 1, self.cfg.num_kv_heads, self.g, 1, 1)
+        time = n.unsqueeze(n.cast(self.time, "float32"), 2)  # [B, S, 1]
+        return n.mul(self._pick(slopes, heads), n.unsqueeze(n.sub(row_pos, time), 1, 2))
+
+    def _bias(self, scores: str, mask: str, heads: tuple[int, ...], row_pos: str) -> str:
+        n = self.n
+        scores = n.add(scores, mask)
+        if self.cfg.position == "alibi":
+            scores = n.add(scores, self._alibi(heads, n.cast(row_pos, "float32")))
+        return scores
+
+    # Retrieval heads: write, then attend to everything -------------------------------------------
+    def _retrieval(self, q: str, k: str, v: str) -> str:
+        n, heads = self.n, self.cfg.retrieval_heads
+        r = len(heads)
+        take = self._index3(r, self.source)
+        put = self._index3(r, n.op("Min", self.time, n.i64(self.cfg.max_seq_len - 1)))
+        end = n.op("Min", n.add(n.dim("past_span", 0), self.seq), n.i64s([self.cfg.max_seq_len]))
+        rows = []
+        for name, new in (("full_k", k), ("full_v", v)):
+            new = n.op("GatherND", new, take)
+            full = n.op("ScatterND", name, put, new, out=f"{name}_out")
+            rows.append(n.slice(full, n.i64s([0]), end, axis=2))
+        pos = n.unsqueeze(n.arange(end), 0, 1)  # [1, 1, rows]
+        visible = n.op("LessOrEqual", pos, n.unsqueeze(self.time, 2))  # [B, S, rows]
+        mask = n.unsqueeze(self._mask(visible), 1, 2)
+        scores = self._bias(self._scores(q, rows[0], r), mask, heads, pos)
+        weights = n.op("Softmax", scores, axis=-1)
+        return self._finish(self._weighted(weights, rows[1], r), r)
+
+    # Local heads: attend to [kept rows and ring | compensation | chunk], then update -------------
+    def _dropped(self, length: str) -> str:
+        """D(n) = max(0, n − N0 − max(S0, ceil(n / C)))."""
+        n, p = self.n, self.cfg.policy
+        window = n.i64(p.min_window)
+        if p.compression is not None:
+            up = n.add(length, n.i64(p.compression - 1))
+            window = n.op("Max", n.div(up, n.i64(p.compression)), window)
+        return n.op("Max", n.sub(n.sub(length, n.i64(self.n0)), window), n.i64(0))
+
+    def _local(self, q: str, k: str, v: str) -> str:
+        n, cfg, heads = self.n, self.cfg, self.cfg.local_heads
+        lh = len(heads)
+        self.d0 = self._dropped(self.past)  # [B, 1]
+        self.d1 = self._dropped(n.add(self.past, self.chunk))
+
+        # The rows in use: a prefix of [kept | ring], bounded by the longest row of the batch.
+        end = n.op("Min", n.dim("past_span", 0), n.i64s([self.rows_cap]))
+        old_k = n.slice("local_k", n.i64s([0]), end, axis=2)
+        old_v = n.slice("local_v", n.i64s([0]), end, axis=2)
+        row = n.unsqueeze(n.arange(end), 0)  # [1, rows]
+        # Ring row r last held position past − 1 − age, age = (past − 1 − N0 − r) mod W_cap; it is in
+        # the window if that is among the last past − N0 − D tokens.
+        lag = n.sub(n.sub(self.past, n.i64(1)), row)  # past − 1 − N0 − ring index
+        age = n.mod(lag, n.i64(self.ring))
+        live = n.sub(n.sub(self.past, n.i64(self.n0)), self.d0)
+        in_ring = n.op("And", n.op("GreaterOrEqual", lag, n.i64(0)), n.op("Less", age, live))
+        is_sink = n.op("Less", row, n.i64(self.n0))
+        valid = n.select(is_sink, n.op("Less", row, self.past), in_ring)  # [B, rows]
+        pos = n.op("Where", is_sink, row, n.sub(n.sub(self.past, n.i64(1)), age))
+
+        old_mask = n.unsqueeze(self._mask(valid), 1, 2, 3)  # [B, 1, 1, 1, rows]
+        parts = [self._bias(self._scores(q, old_k, lh), old_mask, heads, n.unsqueeze(pos, 1))]
+        if cfg.has_comp:
+            self._read_comp()
+            q32 = n.mul(n.cast(q, "float32"), n.f32(cfg.head_dim**-0.5)) if self.half else q
+            s = n.transposed_matmul(q32, self.comp_k, 4)
+            s = n.reshape(s, self.batch, lh, self.g, self.seq, -1)
+            log_weight = n.unsqueeze(self.log_weight, 2, 3)
+            middle = n.sub(n.cast(self.d0, "float32"), n.f32(1.0))
+            middle = n.add(n.mul(middle, n.f32(0.5)), n.f32(float(self.n0)))
+            parts.append(self._bias(s, log_weight, heads, n.unsqueeze(middle, 1)))
+        causal = n.op("LessOrEqual", self.index, n.op("Transpose", self.index))  # [S, S]
+        new_pos = n.unsqueeze(n.add(self.past, self.index), 1)
+        parts.append(self._bias(self._scores(q, k, lh), self._mask(causal), heads, new_pos))
+
+        weights = n.op("Softmax", n.concat(*parts, axis=4), axis=-1)
+        values = [old_v, v]
+        if cfg.has_comp:
+            values.insert(1, n.cast(self.comp_v, cfg.dtype) if self.half else self.comp_v)
+            self._fold(k, v, old_k, old_v, end)
+        out = self._weighted(weights, n.concat(*values, axis=2), lh)
+        self._update_local(k, v, old_k, old_v)
+        return self._finish(out, lh)
+
+    def _update_local(self, k: str, v: str, old_k: str, old_v: str) -> None:
+        """Write the chunk's surviving tokens to sinks and ring.
+
+        Tokens that are dropped within the chunk, and padding, repeat the last valid token. The
+        shape of the update is taken from the copy of the old rows that attention and fold read:
+        so the write, which may be in place, cannot run before that copy is made.
+        """
+        n, lh = self.n, len(self.cfg.local_heads)
+        pos = n.add(self.past, self.index)  # [B, S]
+        n0 = n.i64(self.n0)
+        survives = n.op(
+            "Or",
+            n.op("Less", pos, n0),
+            n.op("GreaterOrEqual", pos, n.add(self.d1, n0)),
+        )
+        survives = n.op("And", survives, n.op("Less", self.index, self.chunk))
+        source = n.op("Where", survives, self.index, self.last)  # [B, S]
+        pos = n.add(self.past, source)
+        ring_row = n.add(n.mod(n.op("Max", n.sub(pos, n0), n.i64(0)), n.i64(self.ring)), n0)
+        row = n.op("Where", n.op("Less", pos, n0), pos, ring_row)
+        take, put = self._index3(lh, source), self._index3(lh, row)
+        for name, new, old in (("local_k", k, old_k), ("local_v", v, old_v)):
+            update = n.op("GatherND", new, take)
+            update = n.reshape(update, n.dim(old, 0), lh, -1, self.cfg.head_dim)
+            n.op("ScatterND", name, put, update, out=f"{name}_out")
+
+    # Compensation -------------------------------------------------------------------------------
+    def _read_comp(self) -> None:
+        """Copies of the compensation state: what is written later depends on these alone."""
+        n, m = self.n, self.cfg.policy.comp_tokens
+        # [B, Lh, M, D] float32 each
+        self.comp_k, self.comp_v = (n.op("Gather", "comp", n.i64(i), axis=3) for i in (0, 1))
+        pair = n.concat("comp_log_weight", "comp_count", axis=2)
+        self.log_weight, self.count = n.split(pair, [m, m], axis=2)
+
+    def _fold(self, k: str, v: str, old_k: str, old_v: str, end: str) -> None:
+        """Fold positions N0 + D(t0) .. N0 + D(t1) − 1 into the M cluster means."""
+        n, cfg, lh = self.n, self.cfg, len(self.cfg.local_heads)
+        d, m = cfg.head_dim, cfg.policy.comp_tokens
+        folded = n.sub(self.d1, self.d0)  # F [B, 1], at most S
+        pos = n.add(n.add(self.d0, n.i64(self.n0)), self.index)  # [B, S] candidates
+        live = n.op("Less", self.index, folded)  # [B, S]
+        ring_row = n.mod(n.sub(pos, n.i64(self.n0)), n.i64(self.ring))
+        old_row = n.op("Min", n.add(ring_row, n.i64(self.n0)), n.sub(n.scalar(end), n.i64(1)))
+        new_row = n.op("Max", n.sub(pos, self.past), n.i64(0))
+        new_row = n.op("Min", new_row, n.sub(n.scalar(self.seq), n.i64(1)))
+        from_old, from_new = self._index3(lh, old_row), self._index3(lh, new_row)
+        is_old = n.unsqueeze(n.op("Less", pos, self.past), 1, 3)  # [B, 1, S, 1]
+        keys, values = (
+            n.op("Where", is_old, n.op("GatherND", old, from_old), n.op("GatherND", new, from_new))
+            for old, new in ((old_k, k), (old_v, v))
+        )  # [B, Lh, S, D]
+        if self.half:
+            keys, values = n.cast(keys, "float32"), n.cast(values, "float32")
+
+        live4 = n.unsqueeze(live, 1, 3)  # [B, 1, S, 1]
+        if m == 1:
+            ones = n.op("Expand", n.cast(live4, "float32"), n.shape_of(self.batch, lh, self.seq, 1))
+            assign = ones
+        else:
+            assign = n.cast(n.op("And", self._assign(keys, folded, live4), live4), "float32")
+
+        both = n.concat(keys, values, axis=3)  # [B, Lh, S, 2D]
+        sums = n.op("MatMul", n.transpose(assign, 0, 1, 3, 2), both)  # [B, Lh, M, 2D]
+        added = n.sum(assign, 2)  # [B, Lh, M]
+        count = n.op("Add", self.count, added, out="comp_count_out")
+        mean = n.concat(self.comp_k, self.comp_v, axis=3)
+        # mean += (sum − F·mean) / (N + F): exact for the first token, stable for millions.
+        delta = n.sub(sums, n.mul(n.unsqueeze(added, 3), mean))
+        delta = n.div(delta, n.unsqueeze(n.op("Max", count, n.f32(1.0)), 3))
+        n.reshape(n.add(mean, delta), self.batch, lh, m, 2, d, out="comp_out")
+        n.op("Log", count, out="comp_log_weight_out")
+
+    def _assign(self, keys: str, folded: str, live4: str) -> str:
+        """Which cluster each candidate joins: bool [B, Lh, S, M] (rows beyond F undefined)."""
+        n, lh, m = self.n, len(self.cfg.local_heads), self.cfg.policy.comp_tokens
+        clusters = n.const(np.arange(m, dtype=np.int64))
+        # A later fold: the first min(U, F) keys open the unused clusters in order, every other key
+        # joins the nearest cluster that was in use before the fold.
+        unused = n.op("Less", self.count, n.f32(0.5))  # [B, Lh, M]
+        unused_f = n.cast(unused, "float32")
+        before = n.const(np.triu(np.ones((m, m), np.float32), 1))
+        rank = n.cast(n.op("MatMul", unused_f, before), "int64")  # unused clusters before this one
+        token = n.unsqueeze(self.index, 1, 3)  # [1, 1, S, 1]
+        opens = n.op("And", n.op("Equal", n.unsqueeze(rank, 2), token), n.unsqueeze(unused, 2))
+        num_unused = n.unsqueeze(n.cast(n.sum(unused_f, 2, keepdims=1), "int64"), 2)
+        penalty = n.unsqueeze(n.mul(unused_f, n.f32(-MASKED)), 2)
+        nearest = self._nearest(keys, self.comp_k, penalty, clusters)
+        later = n.select(n.op("Less", token, num_unused), opens, nearest)
+
+        # The first fold of a sequence (nothing dropped before): Lloyd's algorithm. It is rare, so it
+        # runs under a condition.
+        seeding = n.op(
+            "And",
+            n.op("Equal", self.d0, n.i64(0)),
+            n.op("Greater", folded, n.i64(0)),
+        )  # [B, 1]
+        any_seed = n.op(
+            "Greater",
+            n.op("ReduceMax", n.cast(seeding, "int64"), n.i64s([0, 1]), keepdims=0),
+            n.i64(0),
+        )
+        outer, self.n = n, Nodes(f"{n.prefix}seed_")
+        seeded = self._lloyd(keys, folded, live4, lh, m)
+        then_nodes, self.n = self.n.list, outer
+        idle = Nodes(f"{n.prefix}noseed_")
+        no = idle.op("Identity", later)
+        bool_type = onnx.TensorProto.BOOL
+        seed = n.op(
+            "If",
+            any_seed,
+            then_branch=helper.make_graph(
+                then_nodes, "seed", [], [helper.make_tensor_value_info(seeded, bool_type, None)]
+            ),
+            else_branch=helper.make_graph(
+                idle.list, "keep", [], [helper.make_tensor_value_info(no, bool_type, None)]
+            ),
+        )
+        return n.select(n.unsqueeze(seeding, 2, 3), seed, later)
+
+    def _nearest(self, keys: str, centroids: str, penalty: str, clusters: str) -> str:
+        """One-hot of the nearest centroid, ties to the lower index: bool [B, Lh, S, M]."""
+        n = self.n
+        norm = n.unsqueeze(n.sum(n.mul(centroids, centroids), 3), 2)  # [B, Lh, 1, M]
+        cross = n.transposed_matmul(keys, centroids, 4)
+        distance = n.add(n.sub(norm, n.mul(cross, n.f32(2.0))), penalty)  # + |k|², dropped
+        return n.op("Equal", n.op("ArgMin", distance, axis=3, keepdims=1), clusters)
+
+    def _lloyd(self, keys: str, folded: str, live4: str, lh: int, m: int) -> str:
+        """Seeds at floor((i + 1/2) F / M'), then 4 Lloyd rounds; the last assignment."""
+        n = self.n
+        clusters = n.const(np.arange(m, dtype=np.int64))
+        odd = n.const(2 * np.arange(m, dtype=np.int64)[None] + 1)  # 2 i + 1
+        used = n.op("Max", n.op("Min", folded, n.i64(m)), n.i64(1))  # M' [B, 1]
+        seed = n.div(n.mul(odd, folded), n.mul(used, n.i64(2)))  # [B, M]
+        seed = n.op("Min", seed, n.sub(n.scalar(self.seq), n.i64(1)))
+        spare = n.op("GreaterOrEqual", clusters, used)  # [B, M]
+        penalty = n.mul(n.unsqueeze(n.cast(spare, "float32"), 1, 2), n.f32(-MASKED))
+        shape = n.shape_of(self.batch, lh, m)
+        parts = (
+            n.unsqueeze(n.arange(self.batch), 1, 2),
+            n.const(np.arange(lh, dtype=np.int64)[None, :, None]),
+            n.unsqueeze(seed, 1),
+        )
+        index = n.concat(*(n.unsqueeze(n.op("Expand", p, shape), 3) for p in parts), axis=3)
+        centroids = n.op("GatherND", keys, index)  # [B, Lh, M, D]
+        assign = ""
+        for round_ in range(LLOYD_ROUNDS):
+            assign = n.op("And", self._nearest(keys, centroids, penalty, clusters), live4)
+            if round_ + 1 == LLOYD_ROUNDS:
+                break  # the caller takes the means of this assignment
+            ones = n.cast(assign, "float32")
+            size = n.unsqueeze(n.sum(ones, 2), 3)  # [B, Lh, M, 1]
+            total = n.op("MatMul", n.transpose(ones, 0, 1, 3, 2), keys)
+            mean = n.div(total, n.op("Max", size, n.f32(1.0)))
+            centroids = n.op("Where", n.op("Greater", size, n.f32(0.5)), mean, centroids)
+        return assign
