@@ -19,7 +19,7 @@ from trt_razor.errors import UsageError
 from trt_razor.gpus import ALIASES, GPUS, find_gpu, gpu_names
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
-from trt_razor.planner import cache_bytes, cache_tensors, kept_share, kv_at, plan
+from trt_razor.planner import cache_bytes, cache_tensors, check_seq_len, kept_share, kv_at, plan
 from trt_razor.policy import PRESETS, RazorPolicy
 
 GIB = 1 << 30
@@ -404,10 +404,6 @@ def test_uneven_kv_heads_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (
-            {"max_seq_len": 8193},
-            "at most 8192, the positions of 'llama3-8b', found 8193.*rope_scaling",
-        ),
         ({"max_seq_len": 0}, "max_seq_len: expected an integer >= 1"),
         ({"tp_size": 3}, "tp_size: expected a divisor of the 32 attention heads"),
         ({"tp_size": 0}, "tp_size: expected an integer >= 1"),
@@ -432,8 +428,19 @@ def test_alibi_takes_one_compensation_token() -> None:
     assert plan(spec, PAPER, 512).parameters == spec.num_parameters()
     with pytest.raises(UsageError, match=r"policy\.comp_tokens: expected 0 or 1"):
         plan(spec, PAPER.with_(comp_tokens=2), 512)
+
+
+def test_a_plan_beyond_the_positions_warns_and_a_build_refuses() -> None:
+    assert not any("beyond" in w for w in plan(LLAMA3_8B, PAPER, 8192).warnings)
+    assert any(
+        "8193 tokens are beyond the 8192 positions of 'llama3-8b'" in w
+        for w in plan(LLAMA3_8B, PAPER, 8193).warnings
+    )
+    check_seq_len(LLAMA3_8B, 8192)
+    with pytest.raises(UsageError, match=r"at most 8192, the positions.*found 8193.*rope_scaling"):
+        check_seq_len(LLAMA3_8B, 8193)
     with pytest.raises(UsageError, match="not made for more"):
-        plan(spec, PAPER, 513)
+        check_seq_len(dataclasses.replace(TINY, position="alibi"), 513)
 
 
 @settings(deadline=None)

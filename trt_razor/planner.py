@@ -145,8 +145,9 @@ def plan(
     Without ``head_map``, ``retrieval_share`` of the KV heads is spread evenly over the layers.
 
     Raises:
-        UsageError: a size that is not possible for this model, a length beyond its positions,
-            a head map of another model, or an unknown GPU or dtype.
+        UsageError: a size that is not possible for this model, a head map of another model, or an
+            unknown GPU or dtype. A length beyond the model's positions is a warning: the bytes are
+            right, but no engine is built for it.
     """
     check_positive("max_seq_len", max_seq_len)
     _check_parallel(spec, tp_size, pp_size)
