@@ -56,6 +56,7 @@ POLICIES = {
     "window 128, M = 1": RazorPolicy(min_window=128, compression=None, comp_tokens=1),
     "window 128, M = 16": RazorPolicy(min_window=128, compression=None, comp_tokens=16),
     "window 128, M = 32": RazorPolicy(min_window=128, compression=None, comp_tokens=32),
+    "window 256, M = 32": RazorPolicy(min_window=256, compression=None, comp_tokens=32),
     "window 64, M = 32": RazorPolicy(min_window=64, compression=None, comp_tokens=32),
 }
 

@@ -126,18 +126,22 @@ def default_output(spec: ModelSpec, razor: bool, backend: str, dtype: str) -> Pa
     return Path("engines") / f"{safe_name(spec.name)}-{kind}-{backend}-{dtype}"
 
 
-def recipe_heads(spec: ModelSpec) -> Path | None:
-    """The head map shipped for a model of this name, or None.
+def recipe_heads(spec: ModelSpec) -> tuple[Path, HeadMap] | None:
+    """The head map shipped for a model, found by its fingerprint, whatever its folder is called.
 
     Looked for in ``$TRT_RAZOR_RECIPES`` and then in the source tree's ``engines/recipes``.
+
+    Raises:
+        UsageError: a recipe that cannot be read (its own folder's fault, not the model's).
     """
     folders = [Path(__file__).resolve().parent.parent / "engines" / "recipes"]
     if os.environ.get(RECIPES_ENV):
         folders.insert(0, Path(os.environ[RECIPES_ENV]))
     for folder in folders:
-        path = folder / f"{safe_name(spec.name)}.heads.json"
-        if path.is_file():
-            return path
+        for path in sorted(folder.glob("*.heads.json")):
+            head_map = HeadMap.load(path)
+            if head_map.fingerprint == spec.fingerprint():
+                return path, head_map
     return None
 
 
@@ -164,13 +168,9 @@ def resolve_heads(
             f"heads: {RANDOM_SHARE:.0%} spread evenly over the layers (random weights have no "
             f"retrieval heads)"
         )
-    elif recipe := recipe_heads(spec):
-        head_map = HeadMap.load(recipe)
-        if head_map.fingerprint == spec.fingerprint():
-            say(f"heads: recipe {recipe.name} ({head_map.method})")
-        else:  # a folder of the user's own that has a zoo model's name
-            say(f"note: the recipe {recipe.name} is of another model than {checkpoint.location}")
-            head_map = None
+    elif found := recipe_heads(spec):
+        recipe, head_map = found
+        say(f"heads: recipe {recipe.name} ({head_map.method})")
     if head_map is None:
         from trt_razor.heads.find import find_heads
 
