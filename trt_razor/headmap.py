@@ -161,7 +161,8 @@ class HeadMap:
         for k, (name, table) in enumerate(scores.items()):
             lines.append(f"  {json.dumps(name)}: [")
             lines += [
-                f"   [{', '.join(f'{x:.6g}' for x in row)}]{',' if i + 1 < len(table) else ''}"
+                # + 0.0: no "-0", which JSON reads back as the integer 0
+                f"   [{', '.join(f'{x + 0.0:.6g}' for x in row)}]{',' if i + 1 < len(table) else ''}"
                 for i, row in enumerate(table)
             ]
             lines.append(f"  ]{',' if k + 1 < len(scores) else ''}")

@@ -19,6 +19,16 @@ def human_bytes(n: float) -> str:
     return f"{n:.0f} {units[i]}" if i == 0 else f"{n:,.2f} {units[i]}"
 
 
+def human_count(n: int) -> str:
+    """134515008 -> '134.52 M': millions, from a billion on billions."""
+    return f"{n / 1e9:,.2f} B" if n >= 1e9 else f"{n / 1e6:,.2f} M"
+
+
+def count(n: int, thing: str) -> str:
+    """'1 slot', '2 slots'."""
+    return f"{n:,} {thing}" + "s" * (n != 1)
+
+
 def render(result: Plan) -> RenderableType:
     """The plan as a compact table for ``rich.console.Console.print``."""
     from rich.console import Group
@@ -78,12 +88,13 @@ def render(result: Plan) -> RenderableType:
     row("decode attention, expected", "", "", p.attention_speedup)
 
     window = min(p.policy.window(p.max_seq_len), p.max_seq_len)
-    means = f"{p.policy.comp_tokens} compensation token" + "s" * (p.policy.comp_tokens != 1)
+    means = count(p.policy.comp_tokens, "compensation token")
     starts = "never" if p.compression_starts is None else f"at {p.compression_starts:,} tokens"
     lines = [
-        f"parameters {p.parameters / 1e9:.2f} B · retrieval heads {p.retrieval_share:.1%}"
+        f"parameters {human_count(p.parameters)} · retrieval heads {p.retrieval_share:.1%}"
         + (f" ({p.rank_share:.1%} on a rank)" if p.tp_size > 1 else ""),
-        f"local heads: {p.policy.sink_tokens} sinks, window {window:,} of {p.max_seq_len:,} tokens, "
+        f"local heads: {count(p.policy.sink_tokens, 'sink')}, window {window:,} of "
+        f"{p.max_seq_len:,} tokens, "
         f"{means}; compression starts {starts}",
     ]
     notes = [Text(line) for line in lines]

@@ -186,3 +186,14 @@ def test_reset_forgets_poison(make_spec, make_checkpoint, make_map, tmp_path):
         session.cache(t.name)[1] = np.nan
     session.reset(1)
     assert np.array_equal(session.forward(1, *feed), clean)
+
+
+def test_callers_arithmetic_is_left_alone(make_spec, make_checkpoint, tmp_path):
+    """Flushing denormal numbers is a mode of a thread: never of the caller's."""
+    spec = make_spec()
+    options = GraphOptions(RazorPolicy(), None, N_MAX)
+    graph = export_decoder(make_checkpoint(spec), options, tmp_path)
+    session = OrtSession(graph, options.caches(spec), 1, N_MAX, 1)
+    session.forward(0, np.zeros((1, 4), int), np.array([0]), np.array([4]), np.array([[3]]))
+    tiny = np.full(4, 2.0**-1060)
+    assert (tiny * 0.5 == 2.0**-1061).all()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ def import_onnxruntime() -> Any:
     except ImportError:
         raise MissingExtra("onnxruntime", "onnxruntime", "running an ONNX engine") from None
     return onnxruntime
+
+
+_workers: dict[int, ThreadPoolExecutor] = {}
+
+
+def _on_worker(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a call on the one thread of this process that makes and runs sessions, and wait for it.
+
+    A session that treats denormal numbers as zero switches the processor to that on the thread
+    that makes it. That must not be the caller's thread: his own arithmetic would change.
+    """
+    worker = _workers.get(os.getpid())  # a forked process has no threads yet
+    if worker is None:
+        worker = _workers.setdefault(
+            os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
+        )
+    return worker.submit(call, *args, **kwargs).result()
 
 
 class OrtSession:
@@ -68,7 +86,8 @@ class OrtSession:
         # times as much as others and add nothing.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
-            self._session = ort.InferenceSession(
+            self._session = _on_worker(
+                ort.InferenceSession,
                 str(graph),
                 options,
                 providers=["CPUExecutionProvider"],
@@ -140,7 +159,7 @@ class OrtSession:
             io.bind_cpu_input(name, value)
         logits = np.empty((rows, logits_index.shape[1], self.vocab_size), np.float32)
         io.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(io)
+        _on_worker(self._session.run_with_iobinding, io)
         return logits
 
     def _binding(self, lo: int, hi: int) -> Any:

@@ -51,13 +51,15 @@ class OperatorBody:
         x = n.reshape("qkv", 0, 0, hq + 2 * hkv, d)
         if cfg.position == "rope":
             qk, v = n.split(x, [hq + hkv, hkv], axis=2)
-            q, k = n.split(self._rotate(qk), [hq, hkv], axis=2)
+            q, k = n.split(self._rotate(self._float32(qk)), [hq, hkv], axis=2)
+            k = self._model_dtype(k)
         else:
             q, k, v = n.split(x, [hq, hkv, hkv], axis=2)
+            q = self._float32(q)
+        # Scaled before the product with the keys: q·k alone can pass the end of float16, 65504.
+        q = self._model_dtype(n.mul(q, n.f32(d**-0.5)))
         q, k, v = (n.transpose(t, 0, 2, 1, 3) for t in (q, k, v))  # [B, H, S, D]
         q = n.reshape(q, self.batch, hkv, -1, d)  # [B, Hkv, g S, D]
-        if not self.half:
-            q = n.mul(q, n.f32(d**-0.5))
 
         outs = []
         if cfg.retrieval_heads:
@@ -75,17 +77,20 @@ class OperatorBody:
 
     # Pieces -----------------------------------------------------------------------------------
     def _rotate(self, x: str) -> str:
-        """RoPE, half rotation, in float32: x [B, S, H, D]."""
+        """RoPE, half rotation: x float32 [B, S, H, D]."""
         n, d = self.n, self.cfg.head_dim
         table = n.unsqueeze(n.op("Gather", "cos_sin", self.time, axis=0), 2)  # [B, S, 1, D]
         cos, sin = n.split(table, [d // 2, d // 2], axis=3)
-        if self.half:
-            x = n.cast(x, "float32")
         a, b = n.split(x, [d // 2, d // 2], axis=3)
-        y = n.concat(
+        return n.concat(
             n.sub(n.mul(a, cos), n.mul(b, sin)), n.add(n.mul(b, cos), n.mul(a, sin)), axis=3
         )
-        return n.cast(y, self.cfg.dtype) if self.half else y
+
+    def _float32(self, x: str) -> str:
+        return self.n.cast(x, "float32") if self.half else x
+
+    def _model_dtype(self, x: str) -> str:
+        return self.n.cast(x, self.cfg.dtype) if self.half else x
 
     def _pick(self, x: str, heads: tuple[int, ...]) -> str:
         """Rows of axis 1 (KV heads)."""
@@ -105,18 +110,15 @@ class OperatorBody:
         return n.concat(*(n.unsqueeze(n.op("Expand", p, shape), 3) for p in parts), axis=3)
 
     def _scores(self, q: str, k: str, heads: int) -> str:
-        """Scaled logits, float32 [B, H, g, S, rows]."""
-        n = self.n
-        s = n.transposed_matmul(q, k, 4)
-        if self.half:
-            s = n.mul(n.cast(s, "float32"), n.f32(self.cfg.head_dim**-0.5))
-        return n.reshape(s, self.batch, heads, self.g, self.seq, -1)
+        """Logits of scaled queries, float32 [B, H, g, S, rows]."""
+        s = self._float32(self.n.transposed_matmul(q, k, 4))
+        return self.n.reshape(s, self.batch, heads, self.g, self.seq, -1)
 
     def _weighted(self, weights: str, v: str, heads: int) -> str:
         """weights [B, H, g, S, rows] · v [B, H, rows, D] → [B, H, g S, D]."""
         n = self.n
         w = n.reshape(weights, self.batch, heads, n.mul(self.seq, n.i64s([self.g])), -1)
-        return n.op("MatMul", n.cast(w, self.cfg.dtype) if self.half else w, v)
+        return n.op("MatMul", self._model_dtype(w), v)
 
     def _finish(self, out: str, heads: int) -> str:
         return self.n.reshape(out, self.batch, heads, self.g, self.seq, self.cfg.head_dim)
@@ -194,8 +196,7 @@ class OperatorBody:
         parts = [self._bias(self._scores(q, old_k, lh), old_mask, heads, n.unsqueeze(pos, 1))]
         if cfg.has_comp:
             self._read_comp()
-            q32 = n.mul(n.cast(q, "float32"), n.f32(cfg.head_dim**-0.5)) if self.half else q
-            s = n.transposed_matmul(q32, self.comp_k, 4)
+            s = n.transposed_matmul(self._float32(q), self.comp_k, 4)
             s = n.reshape(s, self.batch, lh, self.g, self.seq, -1)
             log_weight = n.unsqueeze(self.log_weight, 2, 3)
             middle = n.sub(n.cast(self.d0, "float32"), n.f32(1.0))
@@ -208,7 +209,7 @@ class OperatorBody:
         weights = n.op("Softmax", n.concat(*parts, axis=4), axis=-1)
         values = [old_v, v]
         if cfg.has_comp:
-            values.insert(1, n.cast(self.comp_v, cfg.dtype) if self.half else self.comp_v)
+            values.insert(1, self._model_dtype(self.comp_v))
             self._fold(k, v, old_k, old_v, end)
         out = self._weighted(weights, n.concat(*values, axis=2), lh)
         self._update_local(k, v, old_k, old_v)
@@ -266,8 +267,7 @@ class OperatorBody:
             n.op("Where", is_old, n.op("GatherND", old, from_old), n.op("GatherND", new, from_new))
             for old, new in ((old_k, k), (old_v, v))
         )  # [B, Lh, S, D]
-        if self.half:
-            keys, values = n.cast(keys, "float32"), n.cast(values, "float32")
+        keys, values = self._float32(keys), self._float32(values)
 
         live4 = n.unsqueeze(live, 1, 3)  # [B, 1, S, 1]
         if m == 1:

@@ -54,7 +54,7 @@ class Stability:
         lines += [f"  seeds {a} and {b}: overlap (Jaccard) {j:.3f}" for a, b, j in self.overlaps]
         lines.append(f"  mean {self.mean:.3f}, least {self.min:.3f}")
         always = sum(f == 1 for f in self.frequency.values())
-        lines.append(f"  {always} heads chosen by every seed")
+        lines.append(f"  {always} head{'s' * (always != 1)} chosen by every seed")
         unsure = [
             f"{layer}.{head} ({f:.0%})"
             for (layer, head), f in sorted(self.frequency.items())

