@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import TinyModel, make_model
@@ -41,3 +43,16 @@ def razor_engine(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
 def dense_engine(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Its dense engine. Shared: copy the folder before changing it."""
     return tiny_model.build(tmp_path_factory.mktemp("engines") / "dense", razor=False)
+
+
+@pytest.fixture(scope="session")
+def needs_overloads() -> Callable[[], None]:
+    """Skips where ONNX Runtime refuses two overloads of one function; engines are flattened."""
+
+    def check() -> None:
+        import onnxruntime
+
+        if Version(onnxruntime.__version__) < Version("1.27"):
+            pytest.skip("needs onnxruntime 1.27 for graphs that are not flattened")
+
+    return check

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from trt_razor.backends.onnxruntime import OrtSession, flatten
+from trt_razor.errors import UsageError
 from trt_razor.graph.decoder import export_decoder
 from trt_razor.graph.options import GraphOptions
 from trt_razor.policy import RazorPolicy
@@ -101,7 +102,11 @@ def cache_errors(options, spec, session, caches, past):
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "function"])
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_rope(policy, layers, flat, make_spec, make_checkpoint, make_map, tmp_path):
+def test_rope(
+    policy, layers, flat, make_spec, make_checkpoint, make_map, needs_overloads, tmp_path
+):
+    if not flat:
+        needs_overloads()
     spec = make_spec(architecture="qwen3", qkv_bias=True, qk_norm=True)
     options = GraphOptions(policy, make_map(spec, *layers), N_MAX)
     worst, *state = run_both(make_checkpoint(spec), options, tmp_path, len(layers[0]), flat)
@@ -144,6 +149,7 @@ def test_window_as_long_as_the_sequence_is_dense(make_spec, make_checkpoint, mak
         options = GraphOptions(RazorPolicy(2, 58, None, 1), head_map, N_MAX)
         (tmp_path / name).mkdir()
         graph = export_decoder(checkpoint, options, tmp_path / name)
+        flatten(graph)
         session = OrtSession(graph, options.caches(spec), 1, N_MAX, 1)
         parts = [
             session.forward(
@@ -197,3 +203,32 @@ def test_callers_arithmetic_is_left_alone(make_spec, make_checkpoint, tmp_path):
     session.forward(0, np.zeros((1, 4), int), np.array([0]), np.array([4]), np.array([[3]]))
     tiny = np.full(4, 2.0**-1060)
     assert (tiny * 0.5 == 2.0**-1061).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [[-1, 0, 0, 0]]}, "tokens: expected ids 0..96, found -1..0"),
+        ({"tokens": [[97, 0, 0, 0]]}, "tokens: expected ids"),
+        ({"tokens": [0, 1, 2, 3]}, r"tokens: expected shape \[b, S\]"),
+        ({"first_slot": 2}, r"slots: expected 0..1, found 2..2"),
+        ({"past": [[0]]}, r"past: expected shape \[1\]"),
+        ({"past": [-1]}, "past . chunk: expected at most"),
+        ({"past": [N_MAX - 3]}, "past . chunk: expected at most max_seq_len 60"),
+        ({"past": [N_MAX], "chunk": [0]}, "past . chunk: expected at most"),
+        ({"chunk": [5]}, "chunk: expected 0..4"),
+        ({"logits_index": [[4]]}, "logits_index: expected places 0..3"),
+        ({"logits_index": [[-1]]}, "logits_index: expected places"),
+        ({"logits_index": [0]}, "logits_index: expected shape"),
+    ],
+)
+def test_a_pass_out_of_bounds_is_refused(change, message, make_spec, make_checkpoint, tmp_path):
+    spec = make_spec(num_layers=1)
+    options = GraphOptions(RazorPolicy(), None, N_MAX)
+    graph = export_decoder(make_checkpoint(spec), options, tmp_path)
+    session = OrtSession(graph, options.caches(spec), 2, N_MAX, 1)
+    good = {"tokens": [[0, 1, 2, 3]], "past": [N_MAX - 4], "chunk": [4], "logits_index": [[3]]}
+    feed = {k: np.array(v) if isinstance(v, list) else v for k, v in {**good, **change}.items()}
+    with pytest.raises(UsageError, match=message):
+        session.forward(**{"first_slot": 1, **feed})
+    session.forward(1, *(np.array(v) for v in good.values()))  # the last place there is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,9 @@ def decoder_feeds(model: onnx.ModelProto, past: int, seq: int) -> dict[str, np.n
     "comp_tokens, position", [(0, "rope"), (1, "rope"), (4, "rope"), (0, "alibi"), (1, "alibi")]
 )
 def test_decoder_gives_the_same_with_fewer_nodes(
-    tmp_path: Path, comp_tokens: int, position: str
+    tmp_path: Path, comp_tokens: int, position: str, needs_overloads: Callable[[], None]
 ) -> None:
+    needs_overloads()
     spec = dataclasses.replace(SPEC, position=position)
     heads = HeadMap("tiny", spec.fingerprint(), 3, 3, HEADS, "test", "test")
     options = GraphOptions(RazorPolicy(2, 5, 3, comp_tokens), heads, 64)

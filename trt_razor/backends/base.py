@@ -50,6 +50,49 @@ class EngineOptions:
             )
 
 
+def check_pass(
+    session: Session,
+    first_slot: int,
+    tokens: np.ndarray,
+    past: np.ndarray,
+    chunk: np.ndarray,
+    logits_index: np.ndarray,
+) -> None:
+    """Refuse a pass that would read or write outside its rows; sessions call it first.
+
+    Raises:
+        UsageError: naming the argument, what was expected and what was found.
+    """
+
+    def need(ok: object, name: str, expected: str, found: object) -> None:
+        if not ok:
+            raise UsageError(f"{name}: expected {expected}, found {found}")
+
+    need(tokens.ndim == 2 and tokens.size > 0, "tokens", "shape [b, S]", list(tokens.shape))
+    rows, seq = tokens.shape
+    slots = session.num_slots
+    last = first_slot + rows
+    need(first_slot >= 0 and last <= slots, "slots", f"0..{slots - 1}", f"{first_slot}..{last - 1}")
+    for name, x in (("past", past), ("chunk", chunk)):
+        need(x.shape == (rows,), name, f"shape [{rows}]", list(x.shape))
+    shape = list(logits_index.shape)
+    need(len(shape) == 2 and shape[0] == rows, "logits_index", f"shape [{rows}, T]", shape)
+    low, high = int(tokens.min()), int(tokens.max())
+    vocab = session.vocab_size
+    need(low >= 0 and high < vocab, "tokens", f"ids 0..{vocab - 1}", f"{low}..{high}")
+    need(chunk.min() >= 0 and chunk.max() <= seq, "chunk", f"0..{seq}", chunk.tolist())
+    # An idle row still has a place behind its last token (graph/operator.py).
+    end, limit = past + np.maximum(chunk, 1), session.max_seq_len
+    need(
+        past.min() >= 0 and end.max() <= limit,
+        "past + chunk",
+        f"at most max_seq_len {limit} (past below it in idle rows)",
+        f"past {past.tolist()}, chunk {chunk.tolist()}",
+    )
+    inside = logits_index.size > 0 and logits_index.min() >= 0 and logits_index.max() < seq
+    need(inside, "logits_index", f"places 0..{seq - 1}", logits_index.tolist()[:2])
+
+
 class Session(Protocol):
     """A loaded engine with its caches: slots in, logits out."""
 
@@ -83,6 +126,10 @@ class Session(Protocol):
 
         Returns:
             logits [b, T, vocab] float32.
+
+        Raises:
+            UsageError: a shape, id, length or place out of bounds (``check_pass``), or beyond what
+                the engine was built for.
         """
         ...
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_razor.backends.base import EngineOptions, Progress
+from trt_razor.backends.base import EngineOptions, Progress, check_pass
 from trt_razor.cache_layout import CacheTensor
 from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.files import write_bytes_atomic
@@ -53,6 +53,12 @@ def _on_worker(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
         )
     return worker.submit(call, *args, **kwargs).result()
+
+
+def _run(session: Any, io: Any, *memory: object) -> None:
+    """Run a binding. It knows addresses only: ``memory`` keeps the arrays alive until the run ends,
+    also when Ctrl-C has made the caller give up waiting."""
+    session.run_with_iobinding(io)
 
 
 class OrtSession:
@@ -144,6 +150,7 @@ class OrtSession:
         logits_index: np.ndarray,
     ) -> np.ndarray:
         """See ``backends.base.Session.forward``."""
+        check_pass(self, first_slot, tokens, past, chunk, logits_index)
         rows = tokens.shape[0]
         io = self._binding(first_slot, first_slot + rows)
         # Rounded up: few distinct shapes, so the executor's per-shape work is done once.
@@ -159,7 +166,7 @@ class OrtSession:
             io.bind_cpu_input(name, value)
         logits = np.empty((rows, logits_index.shape[1], self.vocab_size), np.float32)
         io.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        _on_worker(self._session.run_with_iobinding, io)
+        _on_worker(_run, self._session, io, feeds, logits, self._caches)
         return logits
 
     def _binding(self, lo: int, hi: int) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from trt_razor.backends.base import check_pass
 from trt_razor.backends.cuda import Cuda, import_cudart
 from trt_razor.backends.rtx_builder import collect_errors, first_line
 from trt_razor.backends.tensorrt_rtx import (
@@ -291,9 +292,9 @@ class RtxSession:
         Raises:
             UsageError: more rows, tokens or logits than the engine was built for.
         """
+        check_pass(self, first_slot, tokens, past, chunk, logits_index)
         (rows, seq), wanted = tokens.shape, logits_index.shape[1]
         for name, found, limit in (
-            ("slots", first_slot + rows, self.num_slots),
             ("rows", rows, self.max_batch_size),
             ("tokens in a chunk", seq, self.max_chunk),
             ("logits of a chunk", wanted, self.max_logits),
