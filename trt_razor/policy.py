@@ -129,6 +129,6 @@ class RazorPolicy:
 PRESETS: dict[str, RazorPolicy] = {
     # The paper's settings.
     "paper": RazorPolicy(),
-    # A small fixed window and 32 cluster means: facts and measurements in docs/heads.md.
+    # A small fixed window and 32 cluster means: the study is in README.md.
     "tight": RazorPolicy(min_window=128, compression=None, comp_tokens=32),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -13,20 +13,12 @@ from onnx import helper, numpy_helper
 
 from trt_razor.errors import RazorError
 from trt_razor.graph.nodes import DTYPES
+from trt_razor.models.stored import numpy_dtype
 
 PAGE = 4096
 """External tensors start on pages, so that executors can map the file instead of reading it."""
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file: shape inference and constant folding see them."""
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype for ``float32``, ``float16`` or ``bfloat16`` (the last by ml_dtypes)."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 def convert(value: np.ndarray, dtype: str, name: str) -> np.ndarray:
