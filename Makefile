@@ -11,7 +11,7 @@ DEMO := engines/demo
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
-	    --max-seq-len 4096 --output $(DEMO) --force
+	    --max-seq-len 4096 --backend onnxruntime --output $(DEMO) --force
 	$(BIN)/trt-razor generate $(DEMO) --prompt-file docs/demo-prompt.txt --max-new-tokens 48
 
 test: $(VENV)/test.stamp

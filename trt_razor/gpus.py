@@ -95,11 +95,6 @@ ALIASES: dict[str, str] = {
 """Short names. A bare family name means its commonest data-centre part (``h100`` = SXM, 80 GB)."""
 
 
-def gpu_names() -> list[str]:
-    """Every name of the table, without the aliases."""
-    return sorted(GPUS)
-
-
 def find_gpu(name: str) -> GPU:
     """The GPU of that name or alias; case, spaces and underscores do not matter.
 

@@ -14,7 +14,6 @@ PLANNED = {
     "tensorrt": "the TensorRT plugin is not part of this version yet",
     "tensorrt-llm": "the TensorRT-LLM integration is not part of this version yet",
 }
-RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 def get_backend(name: str) -> Backend:
@@ -41,11 +40,16 @@ def choose_backend(requested: str) -> tuple[str, str]:
     capability = _gpu_capability()
     if capability is None:
         return "onnxruntime", "no NVIDIA GPU found here; it runs on any CPU"
-    if capability not in RTX_CAPABILITIES:
+    from trt_razor.backends.tensorrt_rtx import TARGETS
+
+    if capability not in TARGETS:
         return "onnxruntime", f"TensorRT for RTX does not run on compute capability {capability}"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return "onnxruntime", "the package tensorrt-rtx is not installed"
-    return "tensorrt-rtx", f"an RTX GPU (compute capability {capability}) is here"
+    return "tensorrt-rtx", (
+        f"an RTX GPU, compute capability {capability}, is here; running on one is untested so far, "
+        f"--backend onnxruntime is the safe choice"
+    )
 
 
 def _gpu_capability() -> str | None:
