@@ -23,6 +23,7 @@ def test_auto(
     monkeypatch: pytest.MonkeyPatch, capability: str | None, installed: bool, name: str, why: str
 ) -> None:
     monkeypatch.setattr(backends, "_gpu_capability", lambda: capability)
+    monkeypatch.setattr(backends, "_has_tensorrt", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
     chosen, reason = backends.choose_backend("auto")
     assert chosen == name
@@ -30,9 +31,19 @@ def test_auto(
     assert backends.choose_backend("onnxruntime") == ("onnxruntime", "as asked")
 
 
+def test_auto_prefers_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_gpu_capability", lambda: "9.0")
+    monkeypatch.setattr(backends, "_has_tensorrt", lambda: True)
+    name, why = backends.choose_backend("auto")
+    assert name == "tensorrt"
+    assert "untested" in why
+    monkeypatch.setattr(backends, "_gpu_capability", lambda: None)
+    assert backends.choose_backend("auto")[0] == "onnxruntime"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("tensorrt", "not part of this version"), ("onnxruntim", "did you mean onnxruntime")],
+    [("tensorrt-llm", "not part of this version"), ("onnxruntim", "did you mean onnxruntime")],
 )
 def test_backends_that_are_not_there(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

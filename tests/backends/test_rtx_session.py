@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rtx_fakes import FakeCudart, FakeTrt, write_fake_engine
+from trt_fakes import FakeCudart, FakeTrt, write_fake_engine
 
 from trt_razor.backends.base import EngineOptions
 from trt_razor.backends.onnxruntime import OrtSession
@@ -148,7 +148,7 @@ def test_memory_is_given_back_when_it_runs_out(tmp_path: Path) -> None:
     "cudart, error, message",
     [
         (FakeCudart(devices=-1), RazorError, "needs a GPU .*cudaErrorInsufficientDriver"),
-        (FakeCudart(devices=0), RazorError, "needs a GPU, found none"),
+        (FakeCudart(devices=0), RazorError, r"needs a GPU \(no GPU found\)"),
         (FakeCudart(capability=(9, 0)), UsageError, "8.0, 8.6, 8.9, 12.0, 12.1.* this GPU has 9.0"),
     ],
 )
@@ -164,7 +164,7 @@ def test_refuses_a_machine_that_cannot_run_it(
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tensorrt_rtx": "1.0.0"}, r"built with tensorrt_rtx 1\.0\.0, found 9\.9\.9"),
+        ({"tensorrt_rtx": "1.0.0"}, r"built with tensorrt_rtx 1\.0\.0, found 99\.9\.9"),
         ({"schema": "other"}, "schema: expected"),
         ({"version": 2}, "version: expected 1, found 2"),
         ({"max_chunk": "16"}, "max_chunk: expected int, found '16'"),

@@ -19,13 +19,10 @@ pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
 
 from trt_razor.backends import tensorrt_rtx as module  # noqa: E402
 from trt_razor.backends.base import EngineOptions  # noqa: E402
-from trt_razor.backends.rtx_builder import build_in_child  # noqa: E402
-from trt_razor.backends.rtx_session import RtxSession, read_facts  # noqa: E402
-from trt_razor.backends.tensorrt_rtx import (  # noqa: E402
-    PROFILES,
-    TensorRtRtxBackend,
-    profile_shapes,
-)
+from trt_razor.backends.rtx_session import RtxSession  # noqa: E402
+from trt_razor.backends.tensorrt_rtx import RTX, TensorRtRtxBackend  # noqa: E402
+from trt_razor.backends.trt_builder import build_in_child  # noqa: E402
+from trt_razor.backends.trt_engine import PROFILES, profile_shapes, read_facts  # noqa: E402
 from trt_razor.errors import MissingExtra, RazorError, UsageError  # noqa: E402
 from trt_razor.graph.options import GraphOptions  # noqa: E402
 from trt_razor.headmap import HeadMap  # noqa: E402
@@ -71,7 +68,7 @@ def test_builds(tmp_path: Path, razor: bool, dtype: str, comp_tokens: int) -> No
     assert int(facts["layers"]) > 50
     assert facts["target"] == ", ".join(module.TARGETS)
 
-    io = read_facts(tmp_path)
+    io = read_facts(tmp_path, RTX)
     assert io["tensorrt_rtx"] == facts["tensorrt_rtx"]
     assert (io["max_batch_size"], io["max_chunk"], io["max_logits"]) == (2, 32, 32)
     assert io["outputs"][0] == {"name": "logits", "dtype": "FLOAT", "shape": [-1, -1, 61]}
@@ -214,7 +211,7 @@ def test_a_builder_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.syspath_prepend(str(tmp_path))  # handed on to the child
     with pytest.raises(RazorError, match=r"builder died \(exit status -6\): bad graph$"):
-        build_in_child(tmp_path / "a.onnx", tmp_path / "model.engine", [], [])
+        build_in_child("tensorrt_rtx", tmp_path / "a.onnx", tmp_path / "model.engine", [])
 
 
 def test_an_engine_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
@@ -234,4 +231,4 @@ def test_builds_smollm2(tmp_path: Path) -> None:
     chosen = EngineOptions(GraphOptions(RazorPolicy(), heads, 8192, "float16"))
     TensorRtRtxBackend().build(checkpoint, chosen, tmp_path, quiet)
     assert (tmp_path / "model.engine").stat().st_size > 2 * spec.num_parameters()
-    assert len(read_facts(tmp_path)["inputs"]) == 5 + len(chosen.graph.caches(spec))
+    assert len(read_facts(tmp_path, RTX)["inputs"]) == 5 + len(chosen.graph.caches(spec))

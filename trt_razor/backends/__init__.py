@@ -7,11 +7,10 @@ import shutil
 import subprocess
 
 from trt_razor.backends.base import Backend
-from trt_razor.errors import UsageError, did_you_mean
+from trt_razor.errors import RazorError, UsageError, did_you_mean
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 PLANNED = {
-    "tensorrt": "the TensorRT plugin is not part of this version yet",
     "tensorrt-llm": "the TensorRT-LLM integration is not part of this version yet",
 }
 
@@ -26,6 +25,10 @@ def get_backend(name: str) -> Backend:
         from trt_razor.backends.tensorrt_rtx import TensorRtRtxBackend
 
         return TensorRtRtxBackend()
+    if name == "tensorrt":
+        from trt_razor.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend()
     if name in PLANNED:
         raise UsageError(
             f"backend '{name}': {PLANNED[name]}; available: auto, {', '.join(BACKENDS)}"
@@ -40,6 +43,11 @@ def choose_backend(requested: str) -> tuple[str, str]:
     capability = _gpu_capability()
     if capability is None:
         return "onnxruntime", "no NVIDIA GPU found here; it runs on any CPU"
+    if _has_tensorrt():
+        return "tensorrt", (
+            f"a GPU, compute capability {capability}, TensorRT and its plugin are here; running on one "
+            "is untested so far, --backend onnxruntime is the safe choice"
+        )
     from trt_razor.backends.tensorrt_rtx import TARGETS
 
     if capability not in TARGETS:
@@ -50,6 +58,19 @@ def choose_backend(requested: str) -> tuple[str, str]:
         f"an RTX GPU, compute capability {capability}, is here; running on one is untested so far, "
         f"--backend onnxruntime is the safe choice"
     )
+
+
+def _has_tensorrt() -> bool:
+    """Whether a TensorRT new enough and our plugin library for it are here."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return False
+    from trt_razor.backends.tensorrt import find_plugin, import_tensorrt
+
+    try:
+        find_plugin(import_tensorrt("looking for a backend"))
+    except RazorError:
+        return False
+    return True
 
 
 def _gpu_capability() -> str | None:

@@ -9,14 +9,12 @@ from typing import Any
 from trt_razor.errors import MissingExtra, RazorError
 
 
-def import_cudart() -> Any:
+def import_cudart(extra: str = "tensorrt-rtx", product: str = "TensorRT-RTX") -> Any:
     """The module ``cuda.bindings.runtime``, or a clear error that names the extra."""
     try:
         from cuda.bindings import runtime
     except ImportError:
-        raise MissingExtra(
-            "cuda-bindings", "tensorrt-rtx", "running a TensorRT-RTX engine"
-        ) from None
+        raise MissingExtra("cuda-bindings", extra, f"running a {product} engine") from None
     return runtime
 
 
@@ -42,6 +40,20 @@ class Cuda:
             text = text.decode() if isinstance(text, bytes) else str(text)
             raise RazorError(f"CUDA: {name} failed: {text}")
         return rest[0] if rest else None
+
+    def capability(self) -> str:
+        """Compute capability of the current GPU, e.g. ``9.0``. Raises RazorError without one."""
+        if not self.call("cudaGetDeviceCount"):
+            raise RazorError("no GPU found")
+        device, attribute = self.call("cudaGetDevice"), self.api.cudaDeviceAttr
+        major, minor = (
+            self.call("cudaDeviceGetAttribute", a, device)
+            for a in (
+                attribute.cudaDevAttrComputeCapabilityMajor,
+                attribute.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+        return f"{major}.{minor}"
 
     def alloc(self, nbytes: int, what: str) -> int:
         """Address of new device memory, freed with this object."""

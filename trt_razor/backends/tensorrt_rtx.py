@@ -6,45 +6,41 @@ See docs/tensorrt-rtx.md for what was measured and what could not be checked wit
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trt_razor.backends.base import EngineOptions, Progress
 from trt_razor.backends.onnxruntime import write_graph
-from trt_razor.backends.rtx_builder import build_in_child
-from trt_razor.errors import MissingExtra
-from trt_razor.files import write_text_atomic
+from trt_razor.backends.trt_builder import build_in_child
+from trt_razor.backends.trt_engine import (
+    ENGINE_FILE,
+    PROFILES,
+    Flavour,
+    import_module,
+    profile_shapes,
+    write_facts,
+)
+from trt_razor.cache_layout import CacheTensor
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
-from trt_razor.planner import CacheTensor
 
 if TYPE_CHECKING:
     from trt_razor.backends.rtx_session import RtxSession
 
-ENGINE_FILE = "model.engine"
-IO_FILE = "io.json"
-IO_SCHEMA = "trt_razor.rtx_io"
-IO_VERSION = 1
-
+RTX = Flavour(
+    product="TensorRT-RTX",
+    module="tensorrt_rtx",
+    package="tensorrt-rtx",
+    extra="tensorrt-rtx",
+    schema="trt_razor.rtx_io",
+    version=1,
+    instead="run it on an RTX GPU, or build with --backend onnxruntime",
+)
 TARGETS = {"8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
 """Compute capabilities an engine is built for, and the builder's names of them. Not 7.5: it has
 no float32 matrix product there, which compensation needs."""
-MAX_LOGITS = 128
-"""Most tokens of a chunk whose logits can be asked for: workspace grows by them times the
-vocabulary. Generation wants one; evaluation reads its text in chunks of this length."""
-PROFILES = ("context", "generation")
-
-
-def import_tensorrt_rtx(why: str) -> Any:
-    """The tensorrt_rtx module, or a clear error that names the extra."""
-    try:
-        import tensorrt_rtx
-    except ImportError:
-        raise MissingExtra("tensorrt-rtx", "tensorrt-rtx", why) from None
-    return tensorrt_rtx
 
 
 class TensorRtRtxBackend:
@@ -55,7 +51,7 @@ class TensorRtRtxBackend:
     def check(self, spec: ModelSpec, options: EngineOptions) -> None:
         """See ``Backend.check``. Every dtype, head map and policy builds."""
         options.validate(spec)
-        import_tensorrt_rtx("building a TensorRT-RTX engine")
+        import_module(RTX, "building a TensorRT-RTX engine")
 
     def build(
         self, checkpoint: Checkpoint, options: EngineOptions, staging: Path, progress: Progress
@@ -65,7 +61,7 @@ class TensorRtRtxBackend:
         Raises:
             RazorError: the parser or the builder failed; the message has their first error.
         """
-        trt = import_tensorrt_rtx("building a TensorRT-RTX engine")
+        trt = import_module(RTX, "building a TensorRT-RTX engine")
         scratch = staging / "graph"
         scratch.mkdir()
         try:
@@ -73,23 +69,15 @@ class TensorRtRtxBackend:
             _inline_file(graph)
             progress("engine", 0, 0)
             found = build_in_child(
-                graph, staging / ENGINE_FILE, list(TARGETS.values()), profile_shapes(options)
+                RTX.module,
+                graph,
+                staging / ENGINE_FILE,
+                profile_shapes(options),
+                targets=list(TARGETS.values()),
             )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        facts = {
-            "schema": IO_SCHEMA,
-            "version": IO_VERSION,
-            "tensorrt_rtx": trt.__version__,
-            "targets": list(TARGETS),
-            "profiles": list(PROFILES),
-            "max_batch_size": options.max_batch_size,
-            "max_seq_len": options.graph.max_seq_len,
-            "max_chunk": options.max_chunk,
-            "max_logits": max_logits(options),
-            **found,
-        }
-        write_text_atomic(staging / IO_FILE, json.dumps(facts, indent=1) + "\n")
+        write_facts(staging, RTX, trt.__version__, options, {"targets": list(TARGETS), **found})
         return {
             "tensorrt_rtx": trt.__version__,
             "target": ", ".join(TARGETS),
@@ -114,36 +102,3 @@ def _inline_file(path: Path) -> None:
 
     model = inline_graph(onnx.load(path, load_external_data=False))
     path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def max_logits(options: EngineOptions) -> int:
-    """Most tokens of one chunk whose logits an engine gives."""
-    return min(options.max_chunk, MAX_LOGITS)
-
-
-def profile_shapes(options: EngineOptions) -> list[list[dict[str, tuple[int, ...]]]]:
-    """Per profile the smallest, the best and the largest shape of every small input.
-
-    The caches have the batch of ``past`` and are fixed otherwise. ``context`` takes chunks of any
-    length, ``generation`` one token a row.
-    """
-
-    def shapes(batch: int, seq: int, span: int, wanted: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "input_ids": (batch, seq),
-            "past": (batch,),
-            "chunk": (batch,),
-            "past_span": (span,),
-            "logits_index": (batch, wanted),
-        }
-
-    batch, chunk, length = options.max_batch_size, options.max_chunk, options.graph.max_seq_len
-    half = max(1, length // 2)
-    return [
-        [
-            shapes(1, 1, 1, 1),
-            shapes(1, chunk, half, 1),
-            shapes(batch, chunk, length, max_logits(options)),
-        ],
-        [shapes(1, 1, 1, 1), shapes(batch, 1, half, 1), shapes(batch, 1, length, 1)],
-    ]

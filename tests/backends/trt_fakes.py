@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA and TensorRT-RTX's runtime: device memory is host memory, and executing an
+"""Stand-ins for CUDA and the runtimes of TensorRT: device memory is host memory, and executing an
 engine runs the same ONNX graph in ONNX Runtime.
 
 They check what the real ones demand: addresses inside one allocation and aligned, shapes inside
@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from trt_razor.backends.base import EngineOptions
-from trt_razor.backends.tensorrt_rtx import (
-    IO_SCHEMA,
-    IO_VERSION,
-    TARGETS,
-    _inline_file,
-    max_logits,
-    profile_shapes,
-)
+from trt_razor.backends.tensorrt_rtx import RTX, TARGETS, _inline_file
+from trt_razor.backends.trt_engine import Flavour, profile_shapes, write_facts
 from trt_razor.graph.decoder import export_decoder
 from trt_razor.models.checkpoint import Checkpoint
 
-VERSION = "9.9.9"
+VERSION = "99.9.9"
 
 
 class Error(enum.IntEnum):
@@ -169,22 +163,52 @@ class _Context:
             address = self.addresses[name]
             view = cudart.view(address, value.nbytes)
             assert view is not None, f"{name}: outside of its allocation"
-            for start, size in used:
+            if self.engine.in_place and name.endswith("_out"):
+                own = (self.addresses[name.removesuffix("_out")], value.nbytes)
+                assert own[0] == address, f"{name}: not the memory of its input"
+                used_by_others = [u for u in used if u != own]
+            else:
+                used_by_others = used
+            for start, size in used_by_others:
                 assert address + value.nbytes <= start or start + size <= address, "aliased"
             view[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         return True
 
 
 class _Engine:
-    def __init__(self, session: Any, cudart: FakeCudart, profiles: Any) -> None:
+    def __init__(self, session: Any, cudart: FakeCudart, profiles: Any, in_place: bool) -> None:
         self.session, self.cudart, self.profiles = session, cudart, profiles
+        self.in_place = in_place
 
     def create_execution_context(self, strategy: int) -> _Context:
         return _Context(self)
 
 
+class FakeRegistry:
+    """A plugin registry: a library that exists has our creator in it."""
+
+    def __init__(self) -> None:
+        self.all_creators: list[Any] = []
+        self.loads = 0
+
+    def load_library(self, path: str) -> object | None:
+        if not Path(path).is_file():
+            return None
+        self.loads += 1
+        self.all_creators.append(
+            SimpleNamespace(name="RazorAttention", plugin_namespace="trt_razor")
+        )
+        return object()
+
+
 class FakeTrt:
-    """The part of ``tensorrt_rtx`` that a session uses; an engine file holds the graph's path."""
+    """The part of ``tensorrt`` and ``tensorrt_rtx`` that a session uses; an engine file holds the
+    graph's path.
+
+    Args:
+        in_place: cache outputs must have the memory of their inputs (the plugin's aliasing), and
+            the plugin library must be loaded first; else no output may touch an input.
+    """
 
     __version__ = VERSION
 
@@ -195,8 +219,12 @@ class FakeTrt:
     class ExecutionContextAllocationStrategy(enum.Enum):
         ON_PROFILE_CHANGE = 1
 
-    def __init__(self, cudart: FakeCudart, options: EngineOptions) -> None:
-        self.cudart, self.options = cudart, options
+    def __init__(self, cudart: FakeCudart, options: EngineOptions, in_place: bool = False) -> None:
+        self.cudart, self.options, self.in_place = cudart, options, in_place
+        self.registry = FakeRegistry()
+
+    def get_plugin_registry(self) -> FakeRegistry:
+        return self.registry
 
     def Runtime(self, logger: Any) -> Any:
         outer = self
@@ -209,12 +237,22 @@ class FakeTrt:
                 session = onnxruntime.InferenceSession(
                     plan[6:].decode(), providers=["CPUExecutionProvider"]
                 )
-                return _Engine(session, outer.cudart, profile_shapes(outer.options))
+                if outer.in_place and not outer.registry.all_creators:
+                    logger.log(FakeTrt.ILogger.Severity.ERROR, "Cannot find plugin RazorAttention")
+                    return None
+                profiles = profile_shapes(outer.options)
+                return _Engine(session, outer.cudart, profiles, outer.in_place)
 
         return Runtime()
 
 
-def write_fake_engine(checkpoint: Checkpoint, options: EngineOptions, directory: Path) -> Path:
+def write_fake_engine(
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    directory: Path,
+    flavour: Flavour = RTX,
+    **more: Any,
+) -> Path:
     """An engine folder for the stand-ins; returns the graph that ONNX Runtime can open as it is."""
     plain, flat = directory / "plain", directory / "flat"
     for folder in (plain, flat):
@@ -235,20 +273,6 @@ def write_fake_engine(checkpoint: Checkpoint, options: EngineOptions, directory:
         ]
 
     (directory / "model.engine").write_bytes(b"graph:" + str(graph).encode())
-    (directory / "io.json").write_text(
-        json.dumps(
-            {
-                "schema": IO_SCHEMA,
-                "version": IO_VERSION,
-                "tensorrt_rtx": VERSION,
-                "targets": list(TARGETS),
-                "max_batch_size": options.max_batch_size,
-                "max_seq_len": options.graph.max_seq_len,
-                "max_chunk": options.max_chunk,
-                "max_logits": max_logits(options),
-                "inputs": facts(session.get_inputs()),
-                "outputs": facts(session.get_outputs()),
-            }
-        )
-    )
+    io = {"inputs": facts(session.get_inputs()), "outputs": facts(session.get_outputs())}
+    write_facts(directory, flavour, VERSION, options, {"targets": list(TARGETS), **io, **more})
     return plain / "model.onnx"
