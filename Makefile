@@ -1,5 +1,5 @@
-# Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv, on a machine
-# with Python >= 3.10, and does nothing twice.
+# `make demo`, `make test`, `make plugin`: each sets up everything it needs in .venv, on a machine with
+# Python >= 3.10, and does nothing twice.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,31 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := engines/demo
 
-.PHONY: demo test lint clean
+# The plugin's tools are the machine's, else Python packages in .venv.
+NVCC := $(or $(CUDACXX),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CMAKE := $(shell cmake --version 2>/dev/null | \
+    awk 'NR == 1 { split($$3, v, "."); if (v[1] > 3 || v[2] >= 24) print "cmake" }')
+NINJA := $(shell command -v ninja)
+TOOLKIT := $(VENV)/cuda/nvidia/cu13
+TOOLS :=
+ifeq ($(NVCC),)
+NVCC := $(CURDIR)/$(TOOLKIT)/bin/nvcc
+TOOLS += $(VENV)/cuda.stamp
+endif
+ifeq ($(and $(CMAKE),$(NINJA)),)
+CMAKE := $(BIN)/cmake
+NINJA := $(CURDIR)/$(BIN)/ninja
+TOOLS += $(VENV)/build.stamp
+endif
+# make plugin PRESET=quick ARCHS=86-real; presets: CMakePresets.json
+PRESET ?= release
+CMAKE_ARGS = -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_MAKE_PROGRAM=$(NINJA) \
+    $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT)) $(if $(ARCHS),'-DCMAKE_CUDA_ARCHITECTURES=$(ARCHS)')
+# Runs the tests on a GPU; an NGC image's own python3 has a torch that knows it.
+GPU_PYTHON ?= $(CURDIR)/$(BIN)/python
+JOBS ?= $(shell nproc)
+
+.PHONY: demo test lint plugin resources resources-check test-gpu clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
@@ -22,8 +46,33 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# librazor.so, put where trt_razor.kernels looks for it.
+plugin: $(TOOLS)
+	$(CMAKE) --preset $(PRESET) $(CMAKE_ARGS)
+	$(CMAKE) --build --preset $(PRESET) --parallel $(JOBS)
+	install -m 755 build/$(PRESET)/librazor.so trt_razor/kernels/librazor.so
+
+# The same for all architectures, and what ptxas says of every kernel. resources-check is for CI: it fails if
+# a decode kernel spills or the table in the repository is not of these kernels. A failed build leaves no library.
+resources resources-check: $(TOOLS) $(VENV)/cuobjdump.stamp
+	$(CMAKE) --preset resources $(CMAKE_ARGS)
+	@$(CMAKE) --build --preset resources --parallel $(JOBS) --clean-first 2>&1 | tee build/resources/build.log | \
+	    grep -v -e '^ptxas info' -e 'bytes stack frame'; test -f build/resources/librazor.so
+	PATH="$$PATH:$(CURDIR)/$(VENV)/cuobjdump/nvidia/cu13/bin" $(BIN)/python plugins/kernels/resources.py build/resources/build.log \
+	    --nvcc "$$($(NVCC) --version | sed -n "s/.*V\([0-9.]*\)\$$/\1/p")" --library build/resources/librazor.so \
+	    $(if $(filter %-check,$@),--check,--output) plugins/kernels/resources.md
+	install -m 755 build/resources/librazor.so trt_razor/kernels/librazor.so
+
+# On a machine with an NVIDIA GPU: kernels, binding, CUDA graphs, threads, compute-sanitizer.
+test-gpu: $(TOOLS) $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/test.stamp)
+	@nvidia-smi -L || { echo "error: make test-gpu: expected an NVIDIA GPU, nvidia-smi found none"; exit 1; }
+	$(CMAKE) --preset gpu $(CMAKE_ARGS)
+	$(CMAKE) --build --preset gpu --parallel $(JOBS)
+	TRT_RAZOR_LIBRARY=$(CURDIR)/build/gpu/librazor.so RAZOR_TEST_DEVICE=cuda PYTHONPATH=$(CURDIR) \
+	    $(GPU_PYTHON) -m pytest tests/gpu tests/plugins
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info
+	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info trt_razor/kernels/librazor.so
 
 # Debian splits venv from Python; install it where that is needed and allowed. --clear: an interrupted
 # run may have left a venv without pip.
@@ -48,4 +97,22 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
 	$(PIP) install -c constraints.txt -e '.[lint]'
+	@touch $@
+
+# A CUDA toolkit in a folder of its own, away from the packages that a torch for GPUs brings. The two links
+# are names that compilers look for and the packages lack.
+$(VENV)/cuda.stamp: $(VENV)/venv.stamp cmake/cuda-packages.txt
+	$(PIP) install --upgrade --target $(VENV)/cuda -r cmake/cuda-packages.txt
+	ln -sfn lib $(TOOLKIT)/lib64
+	ln -sfn libcudart.so.13 $(TOOLKIT)/lib/libcudart.so
+	@touch $@
+
+# Counts instructions in what was compiled; not part of the toolchain.
+$(VENV)/cuobjdump.stamp: $(VENV)/venv.stamp
+	@command -v cuobjdump >/dev/null || $(PIP) install --upgrade --target $(VENV)/cuobjdump \
+	    nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/venv.stamp
+	$(PIP) install 'cmake>=3.24' ninja
 	@touch $@

@@ -151,9 +151,12 @@ __device__ inline To bit_cast(const From &from) {
 
 // Two elements in one register, the first in the low half.
 template <typename T>
-__device__ inline uint32_t pack(float low, float high) {
-    const uint32_t a = bit_cast<uint16_t>(from_float<T>(low)), b = bit_cast<uint16_t>(from_float<T>(high));
-    return a | b << 16;
+__device__ inline uint32_t pack(float low, float high);
+template <>
+__device__ inline uint32_t pack<__half>(float low, float high) { return bit_cast<uint32_t>(__floats2half2_rn(low, high)); }
+template <>
+__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
 }
 template <typename T>
 __device__ inline float2 unpack(uint32_t two) {

@@ -37,7 +37,8 @@ __device__ inline Sequence sequence_of(const Params &p, int b) {
     }
     const bool context = b < p.num_contexts;
     const int longest = context ? p.max_chunk : 1;
-    const bool inside = s.past >= 0 && s.chunk >= 0 && s.chunk <= longest && s.past <= p.max_seq_len - s.chunk;
+    const bool inside = s.past >= 0 && s.chunk >= 0 && s.chunk <= longest && s.past <= p.max_past &&
+                        s.past <= p.max_seq_len - s.chunk;
     const bool in_rows = p.tokens_per_sequence || !context || (s.row >= 0 && s.row <= p.num_context_tokens - s.chunk);
     if (!inside || !in_rows) s.chunk = 0;
     return s;

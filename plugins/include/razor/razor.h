@@ -168,23 +168,26 @@ typedef struct razor_limits {
     uint32_t version;
     int32_t max_batch;          /* B */
     int32_t max_context_tokens; /* sum over the context rows of a call (padded: B * S) */
-    int32_t max_chunk;          /* longest chunk */
+    int32_t max_chunk;          /* longest chunk; not read if max_context_tokens = 0 */
     int32_t max_past;           /* longest past */
 } razor_limits;
 
 #define RAZOR_LIMITS_INIT {(uint32_t)sizeof(razor_limits), RAZOR_API_VERSION}
 
 /*
- * One call. Sequences 0 .. num_contexts - 1 bring chunks of any length ("context"); sequences num_contexts .. B - 1 bring
- * one token each ("generation"), or none where chunk says 0.
+ * One call. Sequences 0 .. num_contexts - 1 bring chunks of any length ("context"); sequences num_contexts .. B - 1
+ * bring one token each ("generation"), or none where chunk says 0.
  *
  * Token rows of qkv and out:
  *   padded (tokens_per_sequence = S > 0): token i of sequence b is row b * S + i; rows behind a chunk are ignored
  *     in qkv and set to zero in out;
  *   packed (tokens_per_sequence = 0): the chunks follow one another, contexts first.
  *
- * past, total and chunk are read on the device. A sequence whose numbers do not fit (negative, beyond max_chunk or
- * max_seq_len) is treated as idle: its caches stay as they are.
+ * A padded call is all contexts (num_contexts = B), or with S = 1 all generations (num_contexts = 0), which is the same
+ * then and runs as decode.
+ *
+ * past, total and chunk are read on the device. A sequence whose numbers do not fit (negative, beyond max_past,
+ * max_chunk or max_seq_len) is treated as idle: its caches stay as they are.
  */
 typedef struct razor_call {
     uint32_t struct_size;
@@ -196,12 +199,12 @@ typedef struct razor_call {
     int32_t max_chunk;           /* host: upper bound of chunk over the contexts, >= 1; padded: S */
     int32_t max_past;            /* host: upper bound of past over the batch */
     const void *qkv;             /* device [rows, (Hq + 2 Hkv) * D]: q heads, k heads, v heads; 16-byte aligned */
-    void *out;                   /* device [rows, Hq * D] */
+    void *out;                   /* device [rows, Hq * D]; 16-byte aligned */
     const int32_t *past;         /* device [B] tokens cached before this call; or NULL and: */
     const int32_t *total;        /* device [B] past + chunk */
     const int32_t *chunk;        /* device [B]; may be NULL if num_contexts = 0 (all 1). Generation rows: 0 or 1, */
     int32_t generation_chunk_is_one; /* unless this is set: then chunk is read for contexts only */
-    int32_t num_positions;       /* rows of cos_sin */
+    int32_t num_positions;       /* rows of cos_sin, at least min(max_past + max_chunk, max_seq_len) */
     const float *cos_sin;        /* device [num_positions, rotary_dim]; RoPE */
     const float *alibi_slopes;   /* device [Hq] fp32; ALiBi */
     const float *k_scale, *v_scale; /* device [1], FP8 caches: value = stored * scale; NULL = 1 */
@@ -214,21 +217,24 @@ typedef struct razor_call {
 /* RAZOR_API_VERSION of the library. */
 RAZOR_API uint32_t razor_api_version(void);
 
-/* Version of the library and what it was built from, e.g. "0.1.0 (CUDA 13.0; sm_80 sm_86 …)". */
+/* Version of the library and what it was built with, e.g. "0.1.0 (CUDA 13.0; sm_80 sm_86 sm_90)". */
 RAZOR_API const char *razor_build_info(void);
 
 /* One line about the last failure of this thread; never NULL, empty if there was none. */
 RAZOR_API const char *razor_last_error(void);
 
-/* Smallest ring for a policy: min(L(n_max) + 1, n_max - N0), at least 1 (docs/semantics.md). */
+/*
+ * Smallest ring for a policy: min(L(n_max) + 1, n_max - N0), at least 1 (docs/semantics.md). Reads max_seq_len,
+ * sink_tokens, min_window and compression only; 0 if one of them is wrong.
+ */
 RAZOR_API int32_t razor_ring_rows(const razor_layer *layer);
 
 /* Check a layer alone: what a builder wants to know before it builds. */
 RAZOR_API razor_status razor_check_layer(const razor_layer *layer);
 
 /*
- * Bytes of device memory a call within the limits needs. It depends on the device's number of
- * multiprocessors; without a device the largest supported number is assumed.
+ * Bytes of device memory that a call within the limits needs, on any device; a machine without one can ask too. Never
+ * falls when a limit grows.
  */
 RAZOR_API razor_status razor_workspace_size(const razor_layer *layer, const razor_limits *limits, size_t *bytes);
 

@@ -1,0 +1,534 @@
+// Attention of contexts: chunks of new tokens over what was cached before them and over themselves, causally.
+//
+// The query rows of a KV head are its chunk's tokens times its g query heads: row r is token r / g of query head r % g, so
+// any g and any chunk length fill tiles. A thread block takes one tile of them and walks over the tiles of one sequence of
+// key rows:
+//
+//   retrieval head   positions 0 .. past + chunk - 1 of `full`, where append has put the chunk
+//   local head       compensation tokens | kept rows of the cache | the chunk, from new_k and new_v
+//
+// In either, the token i of the chunk sees all rows before the chunk and the chunk's rows 0 .. i: one number a query row, its
+// last visible key row, is the whole mask. Only tiles around the diagonal look at it.
+//
+// Four warps hold 16 or 32 query rows each, with the accumulators of all of head_dim. 32 rows a warp halve what is read of
+// shared memory per multiplication (16 rows read as fast as an A100 can multiply), 16 rows need half of the memory and
+// waste less on short chunks: prefill() below chooses. Keys and values have one buffer each: the next keys arrive during
+// softmax and P V, values during Q K, and two or more blocks on a multiprocessor fill each other's gaps. Second buffers
+// would cost the second block.
+#pragma once
+
+#include "device.cuh"
+#include "launch.h"
+#include "params.h"
+#include "rows.cuh"
+
+namespace razor {
+namespace prefill_detail {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+
+// Which rows a block works on: filled in by one thread. It is in shared memory because some twenty registers that are
+// needed once a tile would otherwise stay occupied through the multiplications.
+struct Task {
+    HeadRows rows;
+    HeadComp comp;
+    const char *new_k, *new_v;  // row of the chunk's first token, local heads
+    int64_t new_stride;         // bytes from token to token
+    int64_t first_row;          // (token row, query head) of query row 0, in rows of head_dim elements
+    int32_t num_comp;           // compensation tokens that take part
+    int32_t num_cached;         // rows from the cache; includes the chunk where it is in the cache already
+    int32_t num_keys;           // all: compensation, cached, new
+    int32_t ring_start;         // see HeadRows::row_of_kept
+    int32_t dropped;            // D(past)
+    int32_t before_chunk;       // key rows before the chunk
+    int32_t past;
+    int32_t num_rows;           // query rows of the head: chunk * g; 0 = nothing to do
+    int32_t first_head;         // first query head
+    float k_scale, v_scale;
+};
+
+// RowTiles: rows a warp holds, in 16s.
+template <typename T, int D, int RowTiles>
+struct Shape {
+    static constexpr int kRows = kWarps * 16 * RowTiles;   // query rows of a block
+    static constexpr int kWarpRows = 16 * RowTiles;
+    static constexpr int kKeys = D > 128 ? 32 : 64;        // key rows of a tile
+    static constexpr int kChunks = D / 8;                  // 16 bytes each, of a row
+    static constexpr int kRowBytes = D * 2;
+    static constexpr int kTileBytes = kKeys * kRowBytes;
+    static constexpr int kQueryBytes = kRows * kRowBytes;
+    static constexpr int kRawBytes = kKeys * D;            // a tile as it lies in an FP8 cache
+    // Queries stay in registers where that leaves no more than 224 occupied; else they are read again for every tile.
+    static constexpr bool kKeepQueries = RowTiles * (D / 4 + D / 2 + kKeys / 2) <= 224;
+    // Shared memory: [queries] values, keys, [FP8: raw keys, raw values], tables. Kept queries of 16 rows a warp borrow the
+    // place of the tiles.
+    static constexpr bool kBorrow = kKeepQueries && RowTiles == 1;
+    static constexpr int kValuesAt = kBorrow ? 0 : kQueryBytes;
+    static constexpr int kKeysAt = kValuesAt + kTileBytes;
+    static constexpr bool kQueriesOverKeys = kBorrow && kQueryBytes > kTileBytes;
+    static constexpr int kTilesEnd = kKeysAt + kTileBytes;
+    static_assert(kQueryBytes <= kTilesEnd, "the output is staged where queries and tiles were");
+    static constexpr int kBlocksPerSm = RowTiles == 1 && D <= 128 ? 3 : 2;
+
+    // Swizzle: the same 16-byte column of 8 consecutive rows lies in 8 different groups of banks.
+    __device__ static int turn(int row) { return D == 96 ? row >> 1 & 3 : row & 7; }
+    __device__ static int at(int row, int chunk) { return row * kRowBytes + ((chunk ^ turn(row)) << 4); }
+    // at(row, 2 * pair + odd), for ldmatrix with a `pair` known to the compiler: it is made of few different numbers and
+    // constants. The plain form gives one number a pair, which would occupy a register each.
+    static constexpr int kTurns = D == 96 ? 2 : 4; // pairs of columns that take part in a turn
+    __device__ static int at_pair(int row, int pair, int odd) {
+        return row * kRowBytes + pair / kTurns * (kTurns * 32) + (((pair % kTurns * 2 + odd) ^ turn(row)) << 4);
+    }
+};
+
+template <typename S>
+struct Tables {
+    uintptr_t address[2][2][S::kKeys]; // [even or odd tile][keys, values]; 0 = no such row, zeros
+    float weight[2][S::kKeys];         // log2 of a compensation token's weight; 0 for other rows
+    float position[2][S::kKeys];       // ALiBi
+    float slope[S::kRows];             // ALiBi, times log2 e
+    int32_t last[S::kRows];            // last visible key row
+    Task task;
+};
+
+template <typename S>
+constexpr size_t shared_bytes(bool fp8) {
+    return S::kTilesEnd + (fp8 ? 2 * S::kRawBytes : 0) + sizeof(Tables<S>);
+}
+
+__device__ inline void make_task(Task &task, const Params &p, int context, int head, int head_dim) {
+    const Sequence seq = sequence_of(p, context);
+    const bool local = head >= p.num_retrieval;
+    const int bytes = p.cache_bytes(), kv_head = p.head_of[head];
+    task.num_rows = seq.chunk * p.group;
+    task.past = seq.past;
+    task.first_head = kv_head * p.group;
+    task.first_row = static_cast<int64_t>(seq.row) * p.num_heads + task.first_head;
+    task.k_scale = p.cache_type == CacheType::kFp8 && p.k_scale ? *p.k_scale : 1.f;
+    task.v_scale = p.cache_type == CacheType::kFp8 && p.v_scale ? *p.v_scale : 1.f;
+    if (seq.chunk == 0) return; // numbers that do not fit: touch nothing
+    task.num_comp = 0;
+    if (local) {
+        const int h = head - p.num_retrieval;
+        task.rows = head_rows(p.local, context, h, head_dim * bytes);
+        task.dropped = p.policy.dropped(seq.past);
+        task.ring_start = task.dropped % p.local.ring_rows;
+        task.num_cached = seq.past - task.dropped;
+        // As long as nothing was dropped, all of them are unused.
+        if (task.dropped > 0 && p.policy.comp_tokens > 0) {
+            task.num_comp = p.policy.comp_tokens;
+            task.comp = head_comp(p, task.rows, context, h);
+        }
+        const int64_t offset = (static_cast<int64_t>(seq.row) * p.num_local + h) * head_dim * bytes;
+        task.new_k = p.new_k + offset;
+        task.new_v = p.new_v + offset;
+        task.new_stride = static_cast<int64_t>(p.num_local) * head_dim * bytes;
+        task.before_chunk = task.num_comp + task.num_cached;
+        task.num_keys = task.before_chunk + seq.chunk;
+    } else {
+        task.rows = head_rows(p.full, context, head, head_dim * bytes);
+        task.dropped = task.ring_start = 0;
+        task.num_cached = task.num_keys = seq.past + seq.chunk;
+        task.before_chunk = seq.past;
+    }
+}
+
+// Addresses, weights and positions of the key rows of a tile: once a row, whatever the cache looks like.
+template <typename S>
+__device__ inline void look_up(Tables<S> &tables, int tile, bool alibi) {
+    const int i = threadIdx.x % S::kKeys;
+    const bool values = threadIdx.x / S::kKeys;
+    if (threadIdx.x >= 2 * S::kKeys) return;
+    const Task &task = tables.task;
+    const int key = tile * S::kKeys + i;
+    const int cached = key - task.num_comp; // index among the rows from the cache
+    const char *address = nullptr;
+    if (cached >= 0 && cached < task.num_cached) {
+        const int row = task.rows.row_of_kept(cached, task.ring_start);
+        if (row < task.rows.capacity) address = values ? task.rows.value(row) : task.rows.key(row);
+    } else if (cached >= 0 && key < task.num_keys) {
+        address = (values ? task.new_v : task.new_k) + (cached - task.num_cached) * task.new_stride;
+    }
+    tables.address[tile & 1][values][i] = reinterpret_cast<uintptr_t>(address);
+    if (values) return;
+    float weight = 0.f;
+    if (cached < 0) weight = fmaxf(task.comp.log_weight[key] * kLog2e, kMasked); // -inf: unused
+    tables.weight[tile & 1][i] = weight;
+    if (alibi) {
+        const int sinks = task.rows.sinks;
+        float position = static_cast<float>(cached < sinks ? cached : cached + task.dropped);
+        if (cached < 0) position = sinks + 0.5f * (task.dropped - 1);
+        tables.position[tile & 1][i] = position;
+    }
+}
+
+// Enqueues the copies of a tile: rows of 16-bit elements to their places.
+template <typename S>
+__device__ inline void request(char *tile, const uintptr_t *address) {
+#pragma unroll
+    for (int i = 0; i < S::kKeys * S::kChunks; i += kThreads) {
+        const int row = (i + threadIdx.x) / S::kChunks, chunk = (i + threadIdx.x) % S::kChunks;
+        const uintptr_t from = address[row];
+        copy_async16(tile + S::at(row, chunk), reinterpret_cast<const void *>(from + chunk * 16), from != 0);
+    }
+}
+
+// FP8: rows to a waiting area, 16 elements a piece. Each thread converts the pieces it copied itself, without a barrier.
+template <typename S>
+__device__ inline void request_raw(char *raw, const uintptr_t *address) {
+    constexpr int kPieces = S::kChunks / 2;
+#pragma unroll
+    for (int i = 0; i < S::kKeys * kPieces; i += kThreads) {
+        const int row = (i + threadIdx.x) / kPieces, piece = (i + threadIdx.x) % kPieces;
+        const uintptr_t from = address[row];
+        copy_async16(raw + (i + threadIdx.x) * 16, reinterpret_cast<const void *>(from + piece * 16), from != 0);
+    }
+}
+
+template <typename T, typename S>
+__device__ inline void convert_raw(char *tile, const char *raw) {
+    constexpr int kPieces = S::kChunks / 2;
+#pragma unroll 1 // where it is needed, registers are scarce
+    for (int i = 0; i < S::kKeys * kPieces; i += kThreads) {
+        const int row = (i + threadIdx.x) / kPieces, piece = (i + threadIdx.x) % kPieces;
+        const uint4 bytes = *reinterpret_cast<const uint4 *>(raw + (i + threadIdx.x) * 16);
+        const uint2 a = from_fp8x4<T>(bytes.x), b = from_fp8x4<T>(bytes.y);
+        const uint2 c = from_fp8x4<T>(bytes.z), d = from_fp8x4<T>(bytes.w);
+        *reinterpret_cast<uint4 *>(tile + S::at(row, 2 * piece)) = {a.x, a.y, b.x, b.y};
+        *reinterpret_cast<uint4 *>(tile + S::at(row, 2 * piece + 1)) = {c.x, c.y, d.x, d.y};
+    }
+}
+
+// Compensation tokens first .. num_comp - 1 to the beginning of a tile. Each 16 bytes are written by the thread that copied
+// or converted the zeros there, so that no barrier is needed in between.
+template <typename T, typename S>
+__device__ inline void place_comp(char *tile, const float *comp, int64_t stride, int first, int num_comp, float inverse_scale,
+                                  bool fp8) {
+    const int pieces = fp8 ? S::kChunks / 2 : S::kChunks; // of a row
+    const int left = num_comp - first;
+    const int end = (left < S::kKeys ? left : S::kKeys) * pieces;
+    for (int i = threadIdx.x; i < end; i += kThreads) {
+        const int row = i / pieces;
+        int chunk = fp8 ? i % pieces * 2 : i % pieces;
+        const int last = fp8 ? chunk + 1 : chunk;
+        for (; chunk <= last; ++chunk) {
+            const float *from = comp + (first + row) * stride + chunk * 8;
+            uint4 to;
+            to.x = pack<T>(from[0] * inverse_scale, from[1] * inverse_scale);
+            to.y = pack<T>(from[2] * inverse_scale, from[3] * inverse_scale);
+            to.z = pack<T>(from[4] * inverse_scale, from[5] * inverse_scale);
+            to.w = pack<T>(from[6] * inverse_scale, from[7] * inverse_scale);
+            *reinterpret_cast<uint4 *>(tile + S::at(row, chunk)) = to;
+        }
+    }
+}
+
+// grid: (tiles of query rows, contexts, KV heads): retrieval heads and late rows, which have most to read, start first;
+// blocks that run at the same time read the same keys.
+template <typename T, int D, int RowTiles>
+__global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
+    prefill_kernel(const __grid_constant__ Params p) {
+    using S = Shape<T, D, RowTiles>;
+    const bool fp8 = p.cache_type == CacheType::kFp8, alibi = p.position == RAZOR_ALIBI;
+    char *const shared = shared_memory();
+    char *const values = shared + S::kValuesAt, *const keys = shared + S::kKeysAt;
+    char *const raw_keys = shared + S::kTilesEnd, *const raw_values = raw_keys + S::kRawBytes;
+    auto &tables = *reinterpret_cast<Tables<S> *>(shared + S::kTilesEnd + (fp8 ? 2 * S::kRawBytes : 0));
+    const Task &task = tables.task;
+    const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * S::kWarpRows;
+
+    if (threadIdx.x == 0) make_task(tables.task, p, blockIdx.y, blockIdx.z, D);
+    sync_block();
+    const int block_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * S::kRows;
+    if (block_row >= task.num_rows) return;
+
+    look_up(tables, 0, alibi);
+    // Rows behind the last one: they compute with zeros what the last token sees, and are not written.
+    for (int i = threadIdx.x; i < S::kRows; i += kThreads) {
+        const int row = block_row + i < task.num_rows ? block_row + i : task.num_rows - 1;
+        tables.last[i] = task.before_chunk + row / p.group;
+        if (alibi) tables.slope[i] = p.slopes[task.first_head + row % p.group] * kLog2e;
+    }
+    // Query row r is row (token, head) of q and of out, elements of which lie D apart in these units:
+    const auto row_offset = [&](int row) {
+        const int token = row / p.group;
+        return (task.first_row + static_cast<int64_t>(token) * p.num_heads + (row - token * p.group)) * D;
+    };
+#pragma unroll 2
+    for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += kThreads) {
+        const int row = i / S::kChunks, chunk = i % S::kChunks;
+        const bool valid = block_row + row < task.num_rows;
+        const int64_t offset = row_offset(valid ? block_row + row : block_row) + chunk * 8;
+        copy_async16(shared + S::at(row, chunk), static_cast<const T *>(p.q) + offset, valid);
+    }
+    copy_commit();
+    sync_block(); // tables
+
+    const auto request_keys = [&](int tile) {
+        const uintptr_t *address = tables.address[tile & 1][0];
+        if (fp8) request_raw<S>(raw_keys, address);
+        else request<S>(keys, address);
+    };
+    const auto request_values = [&](int tile) {
+        const uintptr_t *address = tables.address[tile & 1][1];
+        if (fp8) request_raw<S>(raw_values, address);
+        else request<S>(values, address);
+    };
+
+    if (fp8 || !S::kQueriesOverKeys) request_keys(0);
+    copy_commit();
+    if (fp8) request_values(0);
+    copy_commit();
+
+    // Lane's part of ldmatrix addresses. Matrices of queries and values: rows 0-7, rows 8-15, then the next 8 columns; of
+    // keys: columns first.
+    const int row_in_pair = lane & 15, chunk_of_pair = lane >> 4;
+    const char *const queries = shared + warp_row * S::kRowBytes;
+    const int key_in_pair = (lane >> 4 << 3) + (lane & 7), chunk_of_key = lane >> 3 & 1;
+
+    uint32_t query[S::kKeepQueries ? RowTiles : 1][S::kKeepQueries ? D / 16 : 1][4];
+    if constexpr (S::kKeepQueries) {
+        copy_wait<0>();
+        sync_block();
+#pragma unroll
+        for (int t = 0; t < RowTiles; ++t)
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k)
+                load_matrix_x4(query[t][k], queries + t * 16 * S::kRowBytes + S::at_pair(row_in_pair, k, chunk_of_pair));
+        if constexpr (S::kQueriesOverKeys) {
+            sync_block();
+            if (!fp8) request_keys(0);
+            copy_commit();
+        }
+    }
+
+    float out[RowTiles][D / 8][4];
+    float top[RowTiles][2], sum[RowTiles][2]; // of rows lane / 4 and lane / 4 + 8; sum: of this lane's columns
+#pragma unroll
+    for (int t = 0; t < RowTiles; ++t) {
+        top[t][0] = top[t][1] = kMasked;
+        sum[t][0] = sum[t][1] = 0.f;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0.f;
+    }
+
+    const float scale = p.scale * task.k_scale * kLog2e;
+    const int num_tiles = tables.last[S::kRows - 1] / S::kKeys + 1;
+    for (int tile = 0; tile < num_tiles; ++tile) {
+        const int first_key = tile * S::kKeys;
+        const bool more = tile + 1 < num_tiles, has_comp = first_key < task.num_comp;
+
+        if (fp8) {
+            copy_wait<1>(); // values are under way too
+            convert_raw<T, S>(keys, raw_keys);
+        } else {
+            copy_wait<0>();
+        }
+        if (has_comp)
+            place_comp<T, S>(keys, task.comp.k, task.comp.stride, first_key, task.num_comp, 1.f / task.k_scale, fp8);
+        sync_block(); // keys are here, everyone has done with the last tile's values and tables
+        if (!fp8) request_values(tile);
+        copy_commit();
+        if (more) look_up(tables, tile + 1, alibi);
+
+        // A warp has nothing to do above its diagonal.
+        const bool visible = first_key <= tables.last[warp_row + S::kWarpRows - 1];
+        float logit[RowTiles][S::kKeys / 8][4];
+        if (visible) {
+#pragma unroll
+            for (int t = 0; t < RowTiles; ++t)
+#pragma unroll
+                for (int n = 0; n < S::kKeys / 8; ++n)
+                    logit[t][n][0] = logit[t][n][1] = logit[t][n][2] = logit[t][n][3] = 0.f;
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                uint32_t a[RowTiles][4];
+#pragma unroll
+                for (int t = 0; t < RowTiles; ++t) {
+                    if constexpr (S::kKeepQueries) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) a[t][i] = query[t][k][i];
+                    } else {
+                        load_matrix_x4(a[t], queries + t * 16 * S::kRowBytes + S::at_pair(row_in_pair, k, chunk_of_pair));
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < S::kKeys / 16; ++n) {
+                    uint32_t b[4];
+                    load_matrix_x4(b, keys + n * 16 * S::kRowBytes + S::at_pair(key_in_pair, k, chunk_of_key));
+#pragma unroll
+                    for (int t = 0; t < RowTiles; ++t) {
+                        mma<T>(logit[t][2 * n], a[t], b[0], b[1]);
+                        mma<T>(logit[t][2 * n + 1], a[t], b[2], b[3]);
+                    }
+                }
+            }
+        }
+
+        copy_wait<0>();
+        if (fp8) convert_raw<T, S>(values, raw_values);
+        if (has_comp)
+            place_comp<T, S>(values, task.comp.v, task.comp.stride, first_key, task.num_comp, 1.f / task.v_scale, fp8);
+        sync_block(); // values are here, everyone has done with the keys
+        if (more) request_keys(tile + 1);
+        copy_commit();
+        if (fp8 && more) request_values(tile + 1);
+        copy_commit();
+        if (!visible) continue;
+
+        const int pair = 2 * (lane & 3); // first column of this lane in 8
+        float factor = scale;            // of the logits as they stand
+        if (alibi || has_comp) {
+            factor = 1.f;
+            const int to_time = task.past - task.before_chunk; // last visible key row -> position of the query
+#pragma unroll
+            for (int t = 0; t < RowTiles; ++t)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = warp_row + t * 16 + half * 8 + lane / 4;
+                    const float slope = alibi ? tables.slope[row] : 0.f;
+                    const float time = static_cast<float>(tables.last[row] + to_time);
+#pragma unroll
+                    for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            const int column = n * 8 + pair + i;
+                            float bias = tables.weight[tile & 1][column];
+                            if (alibi) bias += slope * (tables.position[tile & 1][column] - time);
+                            float &x = logit[t][n][2 * half + i];
+                            x = x * scale + bias;
+                        }
+                }
+        }
+        if (first_key + S::kKeys - 1 > tables.last[warp_row]) {
+#pragma unroll
+            for (int t = 0; t < RowTiles; ++t)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int last = tables.last[warp_row + t * 16 + half * 8 + lane / 4] - first_key - pair;
+#pragma unroll
+                    for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (n * 8 + i > last) logit[t][n][2 * half + i] = kMasked;
+                }
+        }
+
+        // Softmax so far. A row that saw only unused compensation tokens yet has top = kMasked and sums of no meaning; the
+        // first row it does see multiplies them by 0.
+#pragma unroll
+        for (int t = 0; t < RowTiles; ++t) {
+            float shrink[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float highest = logit[t][0][2 * half];
+#pragma unroll
+                for (int n = 0; n < S::kKeys / 8; ++n)
+                    highest = fmaxf(highest, fmaxf(logit[t][n][2 * half], logit[t][n][2 * half + 1]));
+                highest = fmaxf(highest, shuffle_xor(highest, 1));
+                highest = fmaxf(highest, shuffle_xor(highest, 2));
+                highest = fmaxf(top[t][half], highest * factor);
+                shrink[half] = exp2_fast(top[t][half] - highest);
+                top[t][half] = highest;
+                float added = 0.f;
+#pragma unroll
+                for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float &x = logit[t][n][2 * half + i];
+                        x = exp2_fast(x * factor - highest);
+                        added += x;
+                    }
+                sum[t][half] = sum[t][half] * shrink[half] + added;
+            }
+            if (shrink[0] != 1.f || shrink[1] != 1.f) { // rare once a few tiles are done
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n) {
+                    out[t][n][0] *= shrink[0];
+                    out[t][n][1] *= shrink[0];
+                    out[t][n][2] *= shrink[1];
+                    out[t][n][3] *= shrink[1];
+                }
+            }
+        }
+
+#pragma unroll
+        for (int k = 0; k < S::kKeys / 16; ++k) {
+            uint32_t a[RowTiles][4];
+#pragma unroll
+            for (int t = 0; t < RowTiles; ++t) {
+                a[t][0] = pack<T>(logit[t][2 * k][0], logit[t][2 * k][1]);
+                a[t][1] = pack<T>(logit[t][2 * k][2], logit[t][2 * k][3]);
+                a[t][2] = pack<T>(logit[t][2 * k + 1][0], logit[t][2 * k + 1][1]);
+                a[t][3] = pack<T>(logit[t][2 * k + 1][2], logit[t][2 * k + 1][3]);
+            }
+#pragma unroll
+            for (int n = 0; n < D / 16; ++n) {
+                uint32_t b[4];
+                load_matrix_x4_trans(b, values + k * 16 * S::kRowBytes + S::at_pair(row_in_pair, n, chunk_of_pair));
+#pragma unroll
+                for (int t = 0; t < RowTiles; ++t) {
+                    mma<T>(out[t][2 * n], a[t], b[0], b[1]);
+                    mma<T>(out[t][2 * n + 1], a[t], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // Through shared memory, so that a row is written 16 bytes a lane. Each warp its own rows.
+    sync_block();
+#pragma unroll
+    for (int t = 0; t < RowTiles; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float total = sum[t][half];
+            total += shuffle_xor(total, 1);
+            total += shuffle_xor(total, 2);
+            const float inverse = task.v_scale / total;
+            const int row = warp_row + t * 16 + half * 8 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                *reinterpret_cast<uint32_t *>(shared + S::at(row, n) + (lane & 3) * 4) =
+                    pack<T>(out[t][n][2 * half] * inverse, out[t][n][2 * half + 1] * inverse);
+        }
+    sync_warp();
+#pragma unroll 2
+    for (int i = lane; i < S::kWarpRows * S::kChunks; i += kWarp) {
+        const int row = warp_row + i / S::kChunks, chunk = i % S::kChunks;
+        if (block_row + row >= task.num_rows) continue;
+        *reinterpret_cast<uint4 *>(static_cast<T *>(p.out) + row_offset(block_row + row) + chunk * 8) =
+            *reinterpret_cast<const uint4 *>(shared + S::at(row, chunk));
+    }
+}
+
+inline int64_t tiles_of(const Params &p, int rows) { return (static_cast<int64_t>(p.max_chunk) * p.group + rows - 1) / rows; }
+
+template <typename T, int D, int RowTiles>
+cudaError_t launch_shape(const Params &p, cudaStream_t stream) {
+    using S = Shape<T, D, RowTiles>;
+    const dim3 grid(static_cast<unsigned>(tiles_of(p, S::kRows)), p.num_contexts, p.num_kv_heads);
+    return launch(prefill_kernel<T, D, RowTiles>, grid, dim3(kThreads), shared_bytes<S>(p.cache_type == CacheType::kFp8),
+                  stream, p);
+}
+
+}  // namespace prefill_detail
+
+template <typename T, int D>
+cudaError_t prefill(const Params &p, const DeviceInfo &device, cudaStream_t stream) {
+    using namespace prefill_detail;
+    // Large tiles where two blocks of them fit on a multiprocessor (1 KiB a block is the system's) and the heads with most
+    // to read have enough of them to go round. The others need at most 99 KiB a block and run everywhere.
+    if constexpr (D <= 128) {
+        using S = Shape<T, D, 2>;
+        const int long_heads = p.num_retrieval ? p.num_retrieval : p.num_kv_heads;
+        const bool fits = 2 * (shared_bytes<S>(p.cache_type == CacheType::kFp8) + 1024) <=
+                          static_cast<size_t>(device.max_shared_per_block) + 1024;
+        const bool fills = tiles_of(p, S::kRows) * long_heads * p.num_contexts >= 2 * static_cast<int64_t>(device.sms);
+        if (fits && fills) return launch_shape<T, D, 2>(p, stream);
+    }
+    static_assert(shared_bytes<Shape<T, D, 1>>(true) <= 99 * 1024, "sm_86, sm_89 and sm_120 have no more");
+    return launch_shape<T, D, 1>(p, stream);
+}
+
+}  // namespace razor

@@ -1,0 +1,9 @@
+// Prefill for head_dim 256.
+#include "prefill.cuh"
+
+namespace razor {
+
+template cudaError_t prefill<__half, 256>(const Params &, const DeviceInfo &, cudaStream_t);
+template cudaError_t prefill<__nv_bfloat16, 256>(const Params &, const DeviceInfo &, cudaStream_t);
+
+}  // namespace razor

@@ -1,0 +1,7 @@
+"""tests/plugins/test_attention.py with the fixtures of this folder: the same tests on a GPU."""
+
+from gpu_device import skip_without_gpu
+
+skip_without_gpu()
+
+from test_attention import *  # noqa: E402, F403
