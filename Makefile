@@ -7,21 +7,22 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := engines/demo
 
-# The plugin's tools are the machine's, else Python packages in .venv.
-NVCC := $(or $(CUDACXX),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+# The plugin's tools are the machine's, else Python packages in .venv. CUDA_FROM_PACKAGES=1: packages anyway.
+NVCC := $(if $(CUDA_FROM_PACKAGES),,$(or $(CUDACXX),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc)))
 CMAKE := $(shell cmake --version 2>/dev/null | \
     awk 'NR == 1 { split($$3, v, "."); if (v[1] > 3 || v[2] >= 24) print "cmake" }')
 NINJA := $(shell command -v ninja)
 TOOLKIT := $(VENV)/cuda/nvidia/cu13
-TOOLS :=
+CUDA_TOOLS :=
+BUILD_TOOLS :=
 ifeq ($(NVCC),)
 NVCC := $(CURDIR)/$(TOOLKIT)/bin/nvcc
-TOOLS += $(VENV)/cuda.stamp
+CUDA_TOOLS := $(VENV)/cuda.stamp
 endif
 ifeq ($(and $(CMAKE),$(NINJA)),)
-CMAKE := $(BIN)/cmake
+CMAKE := $(CURDIR)/$(BIN)/cmake
 NINJA := $(CURDIR)/$(BIN)/ninja
-TOOLS += $(VENV)/build.stamp
+BUILD_TOOLS := $(VENV)/build.stamp
 endif
 # make plugin PRESET=quick ARCHS=86-real; presets: CMakePresets.json
 PRESET ?= release
@@ -31,15 +32,16 @@ CMAKE_ARGS = -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_MAKE_PROGRAM=$(NINJA) \
 GPU_PYTHON ?= $(CURDIR)/$(BIN)/python
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint plugin resources resources-check test-gpu clean
+.PHONY: demo test lint plugin resources resources-check test-gpu gpu-present clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
 	    --max-seq-len 4096 --backend onnxruntime --output $(DEMO) --force
 	$(BIN)/trt-razor generate $(DEMO) --prompt-file docs/demo-prompt.txt --max-new-tokens 48
 
-test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+# Tests compile the kernels for the CPU: CMake, and Ninja if there is one.
+test: $(VENV)/test.stamp $(BUILD_TOOLS)
+	PATH="$$PATH:$(CURDIR)/$(BIN)" $(BIN)/python -m pytest
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -47,14 +49,14 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/mypy
 
 # librazor.so, put where trt_razor.kernels looks for it.
-plugin: $(TOOLS)
+plugin: $(CUDA_TOOLS) $(BUILD_TOOLS)
 	$(CMAKE) --preset $(PRESET) $(CMAKE_ARGS)
 	$(CMAKE) --build --preset $(PRESET) --parallel $(JOBS)
 	install -m 755 build/$(PRESET)/librazor.so trt_razor/kernels/librazor.so
 
 # The same for all architectures, and what ptxas says of every kernel. resources-check is for CI: it fails if
 # a decode kernel spills or the table in the repository is not of these kernels. A failed build leaves no library.
-resources resources-check: $(TOOLS) $(VENV)/cuobjdump.stamp
+resources resources-check: $(CUDA_TOOLS) $(BUILD_TOOLS) $(VENV)/cuobjdump.stamp
 	$(CMAKE) --preset resources $(CMAKE_ARGS)
 	@$(CMAKE) --build --preset resources --parallel $(JOBS) --clean-first 2>&1 | tee build/resources/build.log | \
 	    grep -v -e '^ptxas info' -e 'bytes stack frame'; test -f build/resources/librazor.so
@@ -64,12 +66,13 @@ resources resources-check: $(TOOLS) $(VENV)/cuobjdump.stamp
 	install -m 755 build/resources/librazor.so trt_razor/kernels/librazor.so
 
 # On a machine with an NVIDIA GPU: kernels, binding, CUDA graphs, threads, compute-sanitizer.
-test-gpu: $(TOOLS) $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/test.stamp)
-	@nvidia-smi -L || { echo "error: make test-gpu: expected an NVIDIA GPU, nvidia-smi found none"; exit 1; }
+test-gpu: gpu-present $(CUDA_TOOLS) $(BUILD_TOOLS) $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/test.stamp)
 	$(CMAKE) --preset gpu $(CMAKE_ARGS)
 	$(CMAKE) --build --preset gpu --parallel $(JOBS)
-	TRT_RAZOR_LIBRARY=$(CURDIR)/build/gpu/librazor.so RAZOR_TEST_DEVICE=cuda PYTHONPATH=$(CURDIR) \
-	    $(GPU_PYTHON) -m pytest tests/gpu tests/plugins
+	TRT_RAZOR_LIBRARY=$(CURDIR)/build/gpu/librazor.so PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -rs tests/gpu
+
+gpu-present:
+	@nvidia-smi -L 2>/dev/null || { echo "error: expected an NVIDIA GPU and its driver, nvidia-smi found none"; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info trt_razor/kernels/librazor.so

@@ -348,6 +348,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         top.axhline(1, color="gray", linewidth=0.5)
         bottom.axhline(1, color="gray", linewidth=0.5)
         bottom.set_xscale("log", base=2)
+        bottom.set_xticks([n for n, _ in ideal], [tokens(n) for n, _ in ideal], minor=False)
         bottom.set_xlabel("tokens")
     axes[0][0].set_ylabel("share of copy bandwidth")
     axes[1][0].set_ylabel("speed-up over best dense peer")

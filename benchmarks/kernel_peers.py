@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from kernel_cases import Shape
 from torch import Tensor

@@ -22,7 +22,7 @@ namespace razor {
 namespace {
 
 // Bounds that keep every sum of the kernels inside int32, every product inside int64, and grids inside CUDA's limits.
-constexpr int kMaxTokens = 1 << 30;
+constexpr int kMaxTokens = 1 << 29;
 constexpr int kMaxBatch = 65535;
 constexpr int kMaxHeads = 16384;
 constexpr int64_t kMaxStride = int64_t{1} << 42;

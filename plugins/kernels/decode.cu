@@ -23,13 +23,15 @@ namespace {
 size_t bytes_of_ints(const Params &p) { return (decode_zeroed_ints(p) * sizeof(int32_t) + 255) / 256 * 256; }
 
 template <typename T, int D>
-cudaError_t choose_cache(const Params &p, int32_t *ints, float *partials, const DeviceInfo &device, cudaStream_t stream) {
+cudaError_t choose_cache(const Params &p, int32_t *ints, float *partials, const DeviceInfo &device,
+                         cudaStream_t stream) {
     return p.cache_type == CacheType::kFp8 ? run_decode<T, D, true>(p, ints, partials, device, stream)
                                            : run_decode<T, D, false>(p, ints, partials, device, stream);
 }
 
 template <int D>
-cudaError_t choose_type(const Params &p, int32_t *ints, float *partials, const DeviceInfo &device, cudaStream_t stream) {
+cudaError_t choose_type(const Params &p, int32_t *ints, float *partials, const DeviceInfo &device,
+                        cudaStream_t stream) {
     return p.bf16 ? choose_cache<__nv_bfloat16, D>(p, ints, partials, device, stream)
                   : choose_cache<__half, D>(p, ints, partials, device, stream);
 }

@@ -2,8 +2,10 @@
 
 namespace razor {
 
-template cudaError_t run_decode<__half, 256, false>(const Params &, int32_t *, float *, const DeviceInfo &, cudaStream_t);
-template cudaError_t run_decode<__half, 256, true>(const Params &, int32_t *, float *, const DeviceInfo &, cudaStream_t);
+template cudaError_t run_decode<__half, 256, false>(const Params &, int32_t *, float *, const DeviceInfo &,
+                                                    cudaStream_t);
+template cudaError_t run_decode<__half, 256, true>(const Params &, int32_t *, float *, const DeviceInfo &,
+                                                   cudaStream_t);
 template cudaError_t run_decode<__nv_bfloat16, 256, false>(const Params &, int32_t *, float *, const DeviceInfo &,
                                                            cudaStream_t);
 template cudaError_t run_decode<__nv_bfloat16, 256, true>(const Params &, int32_t *, float *, const DeviceInfo &,

@@ -2,11 +2,13 @@
 
 namespace razor {
 
-template cudaError_t run_decode<__half, 96, false>(const Params &, int32_t *, float *, const DeviceInfo &, cudaStream_t);
-template cudaError_t run_decode<__half, 96, true>(const Params &, int32_t *, float *, const DeviceInfo &, cudaStream_t);
+template cudaError_t run_decode<__half, 96, false>(const Params &, int32_t *, float *, const DeviceInfo &,
+                                                   cudaStream_t);
+template cudaError_t run_decode<__half, 96, true>(const Params &, int32_t *, float *, const DeviceInfo &,
+                                                  cudaStream_t);
 template cudaError_t run_decode<__nv_bfloat16, 96, false>(const Params &, int32_t *, float *, const DeviceInfo &,
-                                                           cudaStream_t);
-template cudaError_t run_decode<__nv_bfloat16, 96, true>(const Params &, int32_t *, float *, const DeviceInfo &,
                                                           cudaStream_t);
+template cudaError_t run_decode<__nv_bfloat16, 96, true>(const Params &, int32_t *, float *, const DeviceInfo &,
+                                                         cudaStream_t);
 
 }  // namespace razor

@@ -167,32 +167,42 @@ __device__ inline float2 unpack(uint32_t two) {
 // Rounds to nearest even, saturates at +-448; NaN stays NaN.
 __device__ inline uint8_t to_fp8(float x) { return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); }
 
-// Four e4m3 bytes -> four T: elements 0, 1 in .x and 2, 3 in .y. Exact. Not the conversion instruction, which only
-// newer chips have and which yields fp16 only: the 7 bits of exponent and mantissa moved to T's place are the value times
-// a power of two, subnormals included. (0x7f, NaN, becomes 480; caches never hold it: to_fp8 saturates.)
+// Four of the eight bytes of a (0 .. 3) and b (4 .. 7); byte i of the result is number selector >> 4 i & 7.
+__device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(a, b, selector);
+#else
+    const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return out;
+#endif
+}
+
+// The e4m3 numbers in the high bytes of the two 16-bit halves of x -> two T; low bytes are ignored. Exact. Not the
+// conversion instruction, which only newer chips have and which yields fp16 only: the 7 bits of exponent and mantissa
+// moved to T's place are the value times a power of two, subnormals included. (0x7f, NaN, becomes 480; caches never hold
+// it: to_fp8 saturates.)
 template <typename T>
-__device__ inline uint2 from_fp8x4(uint32_t bytes);
+__device__ inline uint32_t from_fp8_high(uint32_t x);
 
 template <>
-__device__ inline uint2 from_fp8x4<__half>(uint32_t bytes) {
-    const uint32_t even = bytes & 0x00ff00ffu, odd = bytes >> 8 & 0x00ff00ffu; // bytes 0, 2 and 1, 3 in 16-bit lanes
-    const uint32_t e = (even & 0x00800080u) << 8 | (even & 0x007f007fu) << 7;
-    const uint32_t o = (odd & 0x00800080u) << 8 | (odd & 0x007f007fu) << 7;
-    const __half2 scale = __floats2half2_rn(256.f, 256.f); // bias 15 - 7
-    const uint32_t low = (e & 0xffffu) | o << 16, high = e >> 16 | (o & 0xffff0000u);
-    return {bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(low), scale)),
-            bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(high), scale))};
+__device__ inline uint32_t from_fp8_high<__half>(uint32_t x) {
+    const uint32_t bits = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(bits), __floats2half2_rn(256.f, 256.f))); // bias 15 - 7
 }
 template <>
-__device__ inline uint2 from_fp8x4<__nv_bfloat16>(uint32_t bytes) {
-    const uint32_t even = bytes & 0x00ff00ffu, odd = bytes >> 8 & 0x00ff00ffu;
-    const uint32_t e = (even & 0x00800080u) << 8 | (even & 0x007f007fu) << 4;
-    const uint32_t o = (odd & 0x00800080u) << 8 | (odd & 0x007f007fu) << 4;
+__device__ inline uint32_t from_fp8_high<__nv_bfloat16>(uint32_t x) {
+    const uint32_t bits = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u);
     // 2^120, bias 127 - 7: subnormal e4m3 numbers are subnormal bfloat16 numbers here; the product keeps them.
     const __nv_bfloat162 scale = __floats2bfloat162_rn(1.329227995784916e36f, 1.329227995784916e36f);
-    const uint32_t low = (e & 0xffffu) | o << 16, high = e >> 16 | (o & 0xffff0000u);
-    return {bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(low), scale)),
-            bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(high), scale))};
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(bits), scale));
+}
+
+// Four e4m3 bytes -> four T: elements 0, 1 in .x and 2, 3 in .y.
+template <typename T>
+__device__ inline uint2 from_fp8x4(uint32_t bytes) {
+    return {from_fp8_high<T>(permute_bytes(bytes, 0, 0x1000)), from_fp8_high<T>(permute_bytes(bytes, 0, 0x3020))};
 }
 
 }  // namespace razor

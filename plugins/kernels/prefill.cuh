@@ -1,20 +1,20 @@
 // Attention of contexts: chunks of new tokens over what was cached before them and over themselves, causally.
 //
-// The query rows of a KV head are its chunk's tokens times its g query heads: row r is token r / g of query head r % g, so
-// any g and any chunk length fill tiles. A thread block takes one tile of them and walks over the tiles of one sequence of
-// key rows:
+// The query rows of a KV head are its chunk's tokens times its g query heads: row r is token r / g of query head r % g,
+// so any g and any chunk length fill tiles. A thread block takes one tile of them and walks over the tiles of one
+// sequence of key rows:
 //
 //   retrieval head   positions 0 .. past + chunk - 1 of `full`, where append has put the chunk
 //   local head       compensation tokens | kept rows of the cache | the chunk, from new_k and new_v
 //
-// In either, the token i of the chunk sees all rows before the chunk and the chunk's rows 0 .. i: one number a query row, its
-// last visible key row, is the whole mask. Only tiles around the diagonal look at it.
+// In either, the token i of the chunk sees all rows before the chunk and the chunk's rows 0 .. i: one number a query
+// row, its last visible key row, is the whole mask. Only tiles around the diagonal look at it.
 //
-// Four warps hold 16 or 32 query rows each, with the accumulators of all of head_dim. 32 rows a warp halve what is read of
-// shared memory per multiplication (16 rows read as fast as an A100 can multiply), 16 rows need half of the memory and
-// waste less on short chunks: prefill() below chooses. Keys and values have one buffer each: the next keys arrive during
-// softmax and P V, values during Q K, and two or more blocks on a multiprocessor fill each other's gaps. Second buffers
-// would cost the second block.
+// Four warps hold 16 or 32 query rows each, with the accumulators of all of head_dim. 32 rows a warp halve what is read
+// of shared memory per multiplication (16 rows read as fast as an A100 can multiply), 16 rows need half of the memory
+// and waste less on short chunks: prefill() below chooses. Keys and values have one buffer each: the next keys arrive
+// during softmax and P V, values during Q K, and two or more blocks on a multiprocessor fill each other's gaps. Second
+// buffers would cost the second block.
 #pragma once
 
 #include "device.cuh"
@@ -46,6 +46,7 @@ struct Task {
     int32_t num_rows;           // query rows of the head: chunk * g; 0 = nothing to do
     int32_t first_head;         // first query head
     float k_scale, v_scale;
+    float logit_scale;          // of q k with k as cached, to base 2
 };
 
 // RowTiles: rows a warp holds, in 16s.
@@ -59,23 +60,23 @@ struct Shape {
     static constexpr int kTileBytes = kKeys * kRowBytes;
     static constexpr int kQueryBytes = kRows * kRowBytes;
     static constexpr int kRawBytes = kKeys * D;            // a tile as it lies in an FP8 cache
-    // Queries stay in registers where that leaves no more than 224 occupied; else they are read again for every tile.
-    static constexpr bool kKeepQueries = RowTiles * (D / 4 + D / 2 + kKeys / 2) <= 224;
-    // Shared memory: [queries] values, keys, [FP8: raw keys, raw values], tables. Kept queries of 16 rows a warp borrow the
-    // place of the tiles.
+    // Queries stay in registers where the accumulators leave enough of them; else they are read again for every tile.
+    static constexpr bool kKeepQueries = RowTiles == 1 || D <= 64;
+    // Shared memory: [queries] values, keys, [FP8: raw keys or values], tables. Kept queries of 16 rows a warp borrow
+    // the place of the tiles.
     static constexpr bool kBorrow = kKeepQueries && RowTiles == 1;
     static constexpr int kValuesAt = kBorrow ? 0 : kQueryBytes;
     static constexpr int kKeysAt = kValuesAt + kTileBytes;
     static constexpr bool kQueriesOverKeys = kBorrow && kQueryBytes > kTileBytes;
     static constexpr int kTilesEnd = kKeysAt + kTileBytes;
     static_assert(kQueryBytes <= kTilesEnd, "the output is staged where queries and tiles were");
-    static constexpr int kBlocksPerSm = RowTiles == 1 && D <= 128 ? 3 : 2;
+    static constexpr int kBlocksPerSm = RowTiles == 1 && D < 128 ? 3 : 2;
 
     // Swizzle: the same 16-byte column of 8 consecutive rows lies in 8 different groups of banks.
     __device__ static int turn(int row) { return D == 96 ? row >> 1 & 3 : row & 7; }
     __device__ static int at(int row, int chunk) { return row * kRowBytes + ((chunk ^ turn(row)) << 4); }
-    // at(row, 2 * pair + odd), for ldmatrix with a `pair` known to the compiler: it is made of few different numbers and
-    // constants. The plain form gives one number a pair, which would occupy a register each.
+    // at(row, 2 * pair + odd), for ldmatrix with a `pair` known to the compiler: it is made of few different numbers
+    // and constants. The plain form gives one number a pair, which would occupy a register each.
     static constexpr int kTurns = D == 96 ? 2 : 4; // pairs of columns that take part in a turn
     __device__ static int at_pair(int row, int pair, int odd) {
         return row * kRowBytes + pair / kTurns * (kTurns * 32) + (((pair % kTurns * 2 + odd) ^ turn(row)) << 4);
@@ -94,7 +95,7 @@ struct Tables {
 
 template <typename S>
 constexpr size_t shared_bytes(bool fp8) {
-    return S::kTilesEnd + (fp8 ? 2 * S::kRawBytes : 0) + sizeof(Tables<S>);
+    return S::kTilesEnd + (fp8 ? S::kRawBytes : 0) + sizeof(Tables<S>);
 }
 
 __device__ inline void make_task(Task &task, const Params &p, int context, int head, int head_dim) {
@@ -107,6 +108,7 @@ __device__ inline void make_task(Task &task, const Params &p, int context, int h
     task.first_row = static_cast<int64_t>(seq.row) * p.num_heads + task.first_head;
     task.k_scale = p.cache_type == CacheType::kFp8 && p.k_scale ? *p.k_scale : 1.f;
     task.v_scale = p.cache_type == CacheType::kFp8 && p.v_scale ? *p.v_scale : 1.f;
+    task.logit_scale = p.scale * task.k_scale * kLog2e;
     if (seq.chunk == 0) return; // numbers that do not fit: touch nothing
     task.num_comp = 0;
     if (local) {
@@ -163,24 +165,38 @@ __device__ inline void look_up(Tables<S> &tables, int tile, bool alibi) {
     }
 }
 
+// The 16 bytes of a tile that are this thread's in the pass that begins at `first`; PerRow of them are a row. Where a
+// pass is whole rows, its addresses differ from the first pass's by a constant.
+template <int PerRow>
+__device__ inline int row_of_pass(int first) {
+    if (kThreads % PerRow == 0) return threadIdx.x / PerRow + first / PerRow;
+    return (first + threadIdx.x) / PerRow;
+}
+template <int PerRow>
+__device__ inline int piece_of_pass(int first) {
+    if (kThreads % PerRow == 0) return threadIdx.x % PerRow;
+    return (first + threadIdx.x) % PerRow;
+}
+
 // Enqueues the copies of a tile: rows of 16-bit elements to their places.
 template <typename S>
 __device__ inline void request(char *tile, const uintptr_t *address) {
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < S::kKeys * S::kChunks; i += kThreads) {
-        const int row = (i + threadIdx.x) / S::kChunks, chunk = (i + threadIdx.x) % S::kChunks;
+        const int row = row_of_pass<S::kChunks>(i), chunk = piece_of_pass<S::kChunks>(i);
         const uintptr_t from = address[row];
         copy_async16(tile + S::at(row, chunk), reinterpret_cast<const void *>(from + chunk * 16), from != 0);
     }
 }
 
-// FP8: rows to a waiting area, 16 elements a piece. Each thread converts the pieces it copied itself, without a barrier.
+// FP8: rows to a waiting area, 16 elements a piece. Each thread converts the pieces it copied itself, so that one area
+// serves keys and values without barriers. Unrolled little, as these loops run while most registers hold accumulators.
 template <typename S>
 __device__ inline void request_raw(char *raw, const uintptr_t *address) {
     constexpr int kPieces = S::kChunks / 2;
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < S::kKeys * kPieces; i += kThreads) {
-        const int row = (i + threadIdx.x) / kPieces, piece = (i + threadIdx.x) % kPieces;
+        const int row = row_of_pass<kPieces>(i), piece = piece_of_pass<kPieces>(i);
         const uintptr_t from = address[row];
         copy_async16(raw + (i + threadIdx.x) * 16, reinterpret_cast<const void *>(from + piece * 16), from != 0);
     }
@@ -189,9 +205,9 @@ __device__ inline void request_raw(char *raw, const uintptr_t *address) {
 template <typename T, typename S>
 __device__ inline void convert_raw(char *tile, const char *raw) {
     constexpr int kPieces = S::kChunks / 2;
-#pragma unroll 1 // where it is needed, registers are scarce
+#pragma unroll 1
     for (int i = 0; i < S::kKeys * kPieces; i += kThreads) {
-        const int row = (i + threadIdx.x) / kPieces, piece = (i + threadIdx.x) % kPieces;
+        const int row = row_of_pass<kPieces>(i), piece = piece_of_pass<kPieces>(i);
         const uint4 bytes = *reinterpret_cast<const uint4 *>(raw + (i + threadIdx.x) * 16);
         const uint2 a = from_fp8x4<T>(bytes.x), b = from_fp8x4<T>(bytes.y);
         const uint2 c = from_fp8x4<T>(bytes.z), d = from_fp8x4<T>(bytes.w);
@@ -200,11 +216,12 @@ __device__ inline void convert_raw(char *tile, const char *raw) {
     }
 }
 
-// Compensation tokens first .. num_comp - 1 to the beginning of a tile. Each 16 bytes are written by the thread that copied
-// or converted the zeros there, so that no barrier is needed in between.
+// Compensation tokens first .. num_comp - 1 to the beginning of a tile. Each 16 bytes are written by the thread that
+// copied or converted the zeros there, so that no barrier is needed in between. Rare, and not inlined: its registers
+// would be taken from the accumulators of the loop.
 template <typename T, typename S>
-__device__ inline void place_comp(char *tile, const float *comp, int64_t stride, int first, int num_comp, float inverse_scale,
-                                  bool fp8) {
+__device__ __attribute__((noinline)) void place_comp(char *tile, const float *comp, int64_t stride, int first,
+                                                     int num_comp, float inverse_scale, bool fp8) {
     const int pieces = fp8 ? S::kChunks / 2 : S::kChunks; // of a row
     const int left = num_comp - first;
     const int end = (left < S::kKeys ? left : S::kKeys) * pieces;
@@ -233,8 +250,8 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
     const bool fp8 = p.cache_type == CacheType::kFp8, alibi = p.position == RAZOR_ALIBI;
     char *const shared = shared_memory();
     char *const values = shared + S::kValuesAt, *const keys = shared + S::kKeysAt;
-    char *const raw_keys = shared + S::kTilesEnd, *const raw_values = raw_keys + S::kRawBytes;
-    auto &tables = *reinterpret_cast<Tables<S> *>(shared + S::kTilesEnd + (fp8 ? 2 * S::kRawBytes : 0));
+    char *const raw = shared + S::kTilesEnd;
+    auto &tables = *reinterpret_cast<Tables<S> *>(shared + S::kTilesEnd + (fp8 ? S::kRawBytes : 0));
     const Task &task = tables.task;
     const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * S::kWarpRows;
 
@@ -265,25 +282,26 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
     copy_commit();
     sync_block(); // tables
 
-    const auto request_keys = [&](int tile) {
-        const uintptr_t *address = tables.address[tile & 1][0];
-        if (fp8) request_raw<S>(raw_keys, address);
-        else request<S>(keys, address);
+    const auto request_tile = [&](char *to, int tile, int values_or_keys) {
+        const uintptr_t *address = tables.address[tile & 1][values_or_keys];
+        if (fp8) request_raw<S>(raw, address);
+        else request<S>(to, address);
+        copy_commit();
     };
-    const auto request_values = [&](int tile) {
-        const uintptr_t *address = tables.address[tile & 1][1];
-        if (fp8) request_raw<S>(raw_values, address);
-        else request<S>(values, address);
+    // After it, and a barrier, the tile is there for all.
+    const auto finish_tile = [&](char *to, int tile, const float *comp, float comp_scale) {
+        copy_wait<0>();
+        if (fp8) convert_raw<T, S>(to, raw);
+        const int first_key = tile * S::kKeys;
+        if (first_key < task.num_comp)
+            place_comp<T, S>(to, comp, task.comp.stride, first_key, task.num_comp, 1.f / comp_scale, fp8);
     };
+    if (fp8 || !S::kQueriesOverKeys) request_tile(keys, 0, 0);
 
-    if (fp8 || !S::kQueriesOverKeys) request_keys(0);
-    copy_commit();
-    if (fp8) request_values(0);
-    copy_commit();
-
-    // Lane's part of ldmatrix addresses. Matrices of queries and values: rows 0-7, rows 8-15, then the next 8 columns; of
-    // keys: columns first.
+    // Lane's part of ldmatrix addresses. Matrices of queries and values: rows 0-7, rows 8-15, then the next 8 columns;
+    // of keys: columns first.
     const int row_in_pair = lane & 15, chunk_of_pair = lane >> 4;
+    constexpr int kStep = 16 * S::kRowBytes;
     const char *const queries = shared + warp_row * S::kRowBytes;
     const int key_in_pair = (lane >> 4 << 3) + (lane & 7), chunk_of_key = lane >> 3 & 1;
 
@@ -295,11 +313,10 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
         for (int t = 0; t < RowTiles; ++t)
 #pragma unroll
             for (int k = 0; k < D / 16; ++k)
-                load_matrix_x4(query[t][k], queries + t * 16 * S::kRowBytes + S::at_pair(row_in_pair, k, chunk_of_pair));
+                load_matrix_x4(query[t][k], queries + t * kStep + S::at_pair(row_in_pair, k, chunk_of_pair));
         if constexpr (S::kQueriesOverKeys) {
             sync_block();
-            if (!fp8) request_keys(0);
-            copy_commit();
+            if (!fp8) request_tile(keys, 0, 0);
         }
     }
 
@@ -313,23 +330,13 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
         for (int n = 0; n < D / 8; ++n) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0.f;
     }
 
-    const float scale = p.scale * task.k_scale * kLog2e;
-    const int num_tiles = tables.last[S::kRows - 1] / S::kKeys + 1;
-    for (int tile = 0; tile < num_tiles; ++tile) {
+    // What is the same for all tiles is read from shared memory again: registers are full.
+    for (int tile = 0; tile * S::kKeys <= tables.last[S::kRows - 1]; ++tile) {
         const int first_key = tile * S::kKeys;
-        const bool more = tile + 1 < num_tiles, has_comp = first_key < task.num_comp;
-
-        if (fp8) {
-            copy_wait<1>(); // values are under way too
-            convert_raw<T, S>(keys, raw_keys);
-        } else {
-            copy_wait<0>();
-        }
-        if (has_comp)
-            place_comp<T, S>(keys, task.comp.k, task.comp.stride, first_key, task.num_comp, 1.f / task.k_scale, fp8);
+        const bool more = first_key + S::kKeys <= tables.last[S::kRows - 1];
+        finish_tile(keys, tile, task.comp.k, task.k_scale);
         sync_block(); // keys are here, everyone has done with the last tile's values and tables
-        if (!fp8) request_values(tile);
-        copy_commit();
+        request_tile(values, tile, 1);
         if (more) look_up(tables, tile + 1, alibi);
 
         // A warp has nothing to do above its diagonal.
@@ -350,13 +357,13 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
 #pragma unroll
                         for (int i = 0; i < 4; ++i) a[t][i] = query[t][k][i];
                     } else {
-                        load_matrix_x4(a[t], queries + t * 16 * S::kRowBytes + S::at_pair(row_in_pair, k, chunk_of_pair));
+                        load_matrix_x4(a[t], queries + t * kStep + S::at_pair(row_in_pair, k, chunk_of_pair));
                     }
                 }
 #pragma unroll
                 for (int n = 0; n < S::kKeys / 16; ++n) {
                     uint32_t b[4];
-                    load_matrix_x4(b, keys + n * 16 * S::kRowBytes + S::at_pair(key_in_pair, k, chunk_of_key));
+                    load_matrix_x4(b, keys + n * kStep + S::at_pair(key_in_pair, k, chunk_of_key));
 #pragma unroll
                     for (int t = 0; t < RowTiles; ++t) {
                         mma<T>(logit[t][2 * n], a[t], b[0], b[1]);
@@ -366,20 +373,15 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
             }
         }
 
-        copy_wait<0>();
-        if (fp8) convert_raw<T, S>(values, raw_values);
-        if (has_comp)
-            place_comp<T, S>(values, task.comp.v, task.comp.stride, first_key, task.num_comp, 1.f / task.v_scale, fp8);
+        finish_tile(values, tile, task.comp.v, task.v_scale);
         sync_block(); // values are here, everyone has done with the keys
-        if (more) request_keys(tile + 1);
-        copy_commit();
-        if (fp8 && more) request_values(tile + 1);
-        copy_commit();
+        if (more) request_tile(keys, tile + 1, 0);
         if (!visible) continue;
 
         const int pair = 2 * (lane & 3); // first column of this lane in 8
-        float factor = scale;            // of the logits as they stand
-        if (alibi || has_comp) {
+        float factor = task.logit_scale; // of the logits as they stand
+        if (alibi || first_key < task.num_comp) {
+            const float scale = factor;
             factor = 1.f;
             const int to_time = task.past - task.before_chunk; // last visible key row -> position of the query
 #pragma unroll
@@ -415,8 +417,8 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
                 }
         }
 
-        // Softmax so far. A row that saw only unused compensation tokens yet has top = kMasked and sums of no meaning; the
-        // first row it does see multiplies them by 0.
+        // Softmax so far. A row that saw only unused compensation tokens yet has top = kMasked and sums of no meaning;
+        // the first row it does see multiplies them by 0.
 #pragma unroll
         for (int t = 0; t < RowTiles; ++t) {
             float shrink[2];
@@ -466,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
 #pragma unroll
             for (int n = 0; n < D / 16; ++n) {
                 uint32_t b[4];
-                load_matrix_x4_trans(b, values + k * 16 * S::kRowBytes + S::at_pair(row_in_pair, n, chunk_of_pair));
+                load_matrix_x4_trans(b, values + k * kStep + S::at_pair(row_in_pair, n, chunk_of_pair));
 #pragma unroll
                 for (int t = 0; t < RowTiles; ++t) {
                     mma<T>(out[t][2 * n], a[t], b[0], b[1]);
@@ -502,14 +504,16 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
     }
 }
 
-inline int64_t tiles_of(const Params &p, int rows) { return (static_cast<int64_t>(p.max_chunk) * p.group + rows - 1) / rows; }
+inline int64_t tiles_of(const Params &p, int rows) {
+    return (static_cast<int64_t>(p.max_chunk) * p.group + rows - 1) / rows;
+}
 
 template <typename T, int D, int RowTiles>
 cudaError_t launch_shape(const Params &p, cudaStream_t stream) {
     using S = Shape<T, D, RowTiles>;
     const dim3 grid(static_cast<unsigned>(tiles_of(p, S::kRows)), p.num_contexts, p.num_kv_heads);
-    return launch(prefill_kernel<T, D, RowTiles>, grid, dim3(kThreads), shared_bytes<S>(p.cache_type == CacheType::kFp8),
-                  stream, p);
+    const size_t shared = shared_bytes<S>(p.cache_type == CacheType::kFp8);
+    return launch(prefill_kernel<T, D, RowTiles>, grid, dim3(kThreads), shared, stream, p);
 }
 
 }  // namespace prefill_detail
@@ -517,8 +521,8 @@ cudaError_t launch_shape(const Params &p, cudaStream_t stream) {
 template <typename T, int D>
 cudaError_t prefill(const Params &p, const DeviceInfo &device, cudaStream_t stream) {
     using namespace prefill_detail;
-    // Large tiles where two blocks of them fit on a multiprocessor (1 KiB a block is the system's) and the heads with most
-    // to read have enough of them to go round. The others need at most 99 KiB a block and run everywhere.
+    // Large tiles where two blocks of them fit on a multiprocessor (1 KiB a block is the system's) and the heads with
+    // most to read have enough of them to go round. The others need at most 99 KiB a block and run everywhere.
     if constexpr (D <= 128) {
         using S = Shape<T, D, 2>;
         const int long_heads = p.num_retrieval ? p.num_retrieval : p.num_kv_heads;

@@ -22,11 +22,11 @@ from torch import Tensor
 PLUGIN_TESTS = Path(__file__).resolve().parents[1] / "plugins"
 sys.path.insert(0, str(PLUGIN_TESTS))
 
-import harness
-import razor_memory
+import harness  # noqa: E402
+import razor_memory  # noqa: E402
 
-from trt_razor.errors import RazorError
-from trt_razor.kernels import RazorKernels, find_library
+from trt_razor.errors import RazorError  # noqa: E402
+from trt_razor.kernels import RazorKernels, find_library  # noqa: E402
 
 _ATTACH_GLOBAL = 1
 

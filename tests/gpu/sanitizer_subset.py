@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_device import WaitingKernels, buffers_on_gpu, missing
 from harness import check
 from razor_layers import Layer
-from schedules import everything, layer_of, pairwise, AXES
+from schedules import AXES, everything, layer_of, pairwise
 
 # A layer of the test matrix for each head_dim, and the default one.
 LAYERS = [Layer()]

@@ -77,7 +77,6 @@ def test_errors_belong_to_their_thread() -> None:
 
     def fail() -> None:
         with pytest.raises(UsageError):
-            kernels.ring_rows(Layer(head_dim=80).config())
             kernels.check_layer(Layer(head_dim=80).config())
 
     thread = threading.Thread(target=fail)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from trt_razor.errors import RazorError
-from trt_razor.kernels import structs
+from trt_razor.kernels import Caches, RazorKernels, structs
 from trt_razor.kernels.layer import LayerConfig, Limits
 from trt_razor.kernels.library import Library, find_library
 from trt_razor.policy import RazorPolicy
@@ -139,9 +140,9 @@ WRONG_LAYERS = [
     ({"scale": 0.0}, "scale: expected a positive number, found 0"),
     ({"scale": float("inf")}, "scale: expected a positive number, found inf"),
     ({"scale": float("nan")}, "scale: expected a positive number, found nan"),
-    ({"max_seq_len": 0}, "max_seq_len: expected 1..1073741824, found 0"),
-    ({"max_seq_len": 2**31 - 1}, "max_seq_len: expected 1..1073741824, found 2147483647"),
-    ({"sink_tokens": -1}, "sink_tokens: expected 0..1073741824, found -1"),
+    ({"max_seq_len": 0}, "max_seq_len: expected 1..536870912, found 0"),
+    ({"max_seq_len": 2**31 - 1}, "max_seq_len: expected 1..536870912, found 2147483647"),
+    ({"sink_tokens": -1}, "sink_tokens: expected 0..536870912, found -1"),
     ({"min_window": 0}, "min_window: expected >= 1, found 0"),
     ({"compression": -1}, "compression: expected >= 1, or 0 for a fixed window, found -1"),
     ({"comp_tokens": 257}, "comp_tokens: expected 0..256, found 257"),
@@ -218,7 +219,7 @@ def test_ring_rows_are_the_policy_s(
     library: Library, compression: int | None, sinks: int, window: int
 ) -> None:
     policy = RazorPolicy(sinks, window, compression, 1)
-    for length in (1, 2, 5, 32, 33, 256, 1000, 2**30):
+    for length in (1, 2, 5, 32, 33, 256, 1000, 2**29):
         layer = LayerConfig(8, 4, 64, length, policy, ())
         assert library.ring_rows(layer.c_struct) == policy.ring_rows(length)
         library.check_layer(layer.c_struct)
@@ -254,19 +255,19 @@ WRONG_CALLS = [
     ("tokens_per_sequence", -1, "tokens_per_sequence: expected >= 0, found -1"),
     (
         "tokens_per_sequence",
-        2**30,
-        "tokens_per_sequence: expected batch * tokens <= 1073741824, found 3 * 1073741824",
+        2**29,
+        "tokens_per_sequence: expected batch * tokens <= 536870912, found 3 * 536870912",
     ),
     ("max_past", -1, "max_past: expected 0..256 (max_seq_len), found -1"),
     ("max_past", 257, "max_past: expected 0..256 (max_seq_len), found 257"),
     ("max_chunk", 0, "max_chunk: expected 1..256 (max_seq_len), found 0"),
     ("max_chunk", 257, "max_chunk: expected 1..256 (max_seq_len), found 257"),
     ("max_chunk", 41, "max_chunk: expected 1..40 (num_context_tokens), found 41"),
-    ("num_context_tokens", 0, "num_context_tokens: expected 1..1073676289 for 1 contexts, found 0"),
+    ("num_context_tokens", 0, "num_context_tokens: expected 1..536805377 for 1 contexts, found 0"),
     (
         "num_context_tokens",
-        2**30,
-        "num_context_tokens: expected 1..1073676289 for 1 contexts, found 1073741824",
+        2**29,
+        "num_context_tokens: expected 1..536805377 for 1 contexts, found 536870912",
     ),
     ("qkv", None, "qkv: expected a device pointer, found NULL"),
     ("qkv", 0x10008, "qkv: expected an address on a multiple of 16 bytes, found 0x10008"),
@@ -628,7 +629,7 @@ def test_workspace_never_falls_when_a_limit_grows(library: Library, cache_dtype:
     base = {"max_batch": 2, "max_context_tokens": 4096, "max_chunk": 512, "max_past": 5000}
     for name, values in {
         "max_batch": (1, 2, 3, 8, 64, 65535),
-        "max_context_tokens": (512, 513, 4096, 100_000, 2**30),
+        "max_context_tokens": (512, 513, 4096, 100_000, 2**29),
         "max_chunk": (1, 15, 16, 17, 511, 512, 513, 4096),
         "max_past": (0, 1, 4000, 5000, 131072, 2**20),
     }.items():
@@ -645,7 +646,7 @@ def test_workspace_never_falls_when_a_limit_grows(library: Library, cache_dtype:
     [
         (Limits(0, 1, 1, 0), "max_batch: expected 1..65535, found 0"),
         (Limits(65536, 1, 1, 0), "max_batch: expected 1..65535, found 65536"),
-        (Limits(1, -1, 1, 0), "max_context_tokens: expected 0..1073741824, found -1"),
+        (Limits(1, -1, 1, 0), "max_context_tokens: expected 0..536870912, found -1"),
         (
             Limits(1, 8, 0, 0),
             "max_chunk: expected 1..8 (max_context_tokens 8, max_seq_len 256), found 0",
@@ -705,6 +706,32 @@ def test_no_device_is_cuda_s_error(library: Library) -> None:
         shim.razor_shim_set_device(4, 232448)
     assert status == structs.CUDA_ERROR
     assert re.fullmatch(r"device: CUDA error \d+: .+", message)
+
+
+def test_a_failed_launch_names_its_step(kernels: RazorKernels) -> None:
+    """The first, second … launch of a call fails: the steps in order, and the next call is well."""
+    shim, found = kernels._library._c, []
+    caches = Caches.empty(LAYER, 2, "cpu")
+    qkv = torch.zeros(6, LAYER.qkv_width, dtype=torch.float16)
+    numbers = {
+        "past": torch.zeros(2, dtype=torch.int32),
+        "chunk": torch.tensor([5, 1], dtype=torch.int32),
+        "cos_sin": torch.zeros(256, 128),
+    }
+    for launch in range(1, 100):
+        shim.razor_shim_fail_launch(launch)
+        try:
+            kernels.attention(LAYER, qkv, caches, num_contexts=1, **numbers)
+        except RazorError as e:
+            found.append(str(e))
+        else:
+            break
+    shim.razor_shim_fail_launch(0)
+    matches = [re.fullmatch(r"attention: (\w+): CUDA error 719: .+", line) for line in found]
+    assert all(matches), found
+    steps = dict.fromkeys(m[1] for m in matches if m)
+    assert list(steps) == ["append", "prefill", "decode", "compact"]
+    kernels.attention(LAYER, qkv, caches, num_contexts=1, **numbers)
 
 
 # Against the compiler and without a driver ----------------------------------------------------------

@@ -247,7 +247,7 @@ class Caches:
                 kind = "retrieval" if name == "full" else "local"
                 raise UsageError(
                     f"caches.{name}: expected {'a view' if heads else 'None'} for a layer with "
-                    f"{heads} {kind} heads, found {type(view).__name__}"
+                    f"{heads} {kind} heads, found {_kind(view)}"
                 )
             if view is not None:
                 setattr(call, name, view.c_struct(name, layer, heads, batch, device))
@@ -255,12 +255,16 @@ class Caches:
             raise UsageError(
                 f"caches.comp: expected {'Compensation' if layer.comp_tokens else 'None'} for a "
                 f"layer with {layer.comp_tokens} compensation tokens, "
-                f"found {type(self.comp).__name__}"
+                f"found {_kind(self.comp)}"
             )
         if isinstance(self.comp, Bubble):
             call.comp.kind = structs.COMP_IN_BUBBLE
         elif self.comp is not None:
             call.comp = self.comp.c_struct(layer, batch, device)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def _slots(slots: Tensor | None) -> str:

@@ -51,7 +51,7 @@ def check(
     stride = 1
     first = 0 if dense is None else len(sizes) - dense
     for i in reversed(range(first, len(sizes))):
-        if sizes[i] > 1 and tensor.stride(i) != stride:
+        if sizes[i] > 1 and tensor.stride(i) != stride and tensor.numel():
             raise UsageError(
                 f"{name}: expected its last {len(sizes) - first} dimensions without gaps, found "
                 f"shape {list(sizes)} with strides {list(tensor.stride())}"

@@ -43,7 +43,7 @@ const char *to_text(DataType type) {
     }
 }
 
-void check_dims(const std::string &name, const Dims &found, std::initializer_list<int64_t> expected) {
+void check_dims(const char *name, const Dims &found, std::initializer_list<int64_t> expected) {
     bool fits = found.nbDims == static_cast<int32_t>(expected.size());
     for (int i = 0; fits && i < found.nbDims; ++i) {
         const int64_t want = expected.begin()[i];
@@ -53,7 +53,7 @@ void check_dims(const std::string &name, const Dims &found, std::initializer_lis
     Dims want{};
     want.nbDims = static_cast<int32_t>(expected.size());
     std::copy(expected.begin(), expected.end(), want.d);
-    throw Refused("input " + name + ": expected shape " + to_text(want) + ", found " + to_text(found));
+    throw Refused(std::string("input ") + name + ": expected shape " + to_text(want) + ", found " + to_text(found));
 }
 
 void check(razor_status status) {

@@ -30,7 +30,7 @@ std::string to_text(const nvinfer1::Dims &dims);
 const char *to_text(nvinfer1::DataType type);
 
 // Throws Refused unless `found` has these dimensions; -1 on either side matches anything.
-void check_dims(const std::string &name, const nvinfer1::Dims &found, std::initializer_list<int64_t> expected);
+void check_dims(const char *name, const nvinfer1::Dims &found, std::initializer_list<int64_t> expected);
 
 // Throws Refused with the library's own line unless status is RAZOR_OK.
 void check(razor_status status);

@@ -75,6 +75,7 @@ RazorGptAttentionPlugin::Settings RazorGptAttentionPlugin::read(TensorRTPhase ph
     fields.finish();
     check(razor_check_layer(&l));
     s.inputs = trtllm::inputs_of(s.local_cache, l.position, s.fp8);
+    for (size_t i = 0; i < s.inputs.size(); ++i) s.places[static_cast<int>(s.inputs[i])] = static_cast<int>(i);
     return s;
 }
 
@@ -130,11 +131,6 @@ FieldWriter RazorGptAttentionPlugin::write(const Settings &s) {
     plan.integer64("ring_slot_bytes", s.ring_slot_bytes);
     plan.integer64("comp_slot_bytes", s.comp_slot_bytes);
     return plan;
-}
-
-int RazorGptAttentionPlugin::index(Role role) const {
-    const auto found = std::find(settings_.inputs.begin(), settings_.inputs.end(), role);
-    return found == settings_.inputs.end() ? -1 : static_cast<int>(found - settings_.inputs.begin());
 }
 
 bool RazorGptAttentionPlugin::type_fits(int position, const DynamicPluginTensorDesc *tensors) const {
@@ -224,18 +220,20 @@ void RazorGptAttentionPlugin::check_cache_settings(const int32_t *windows, int64
         }
         return windows[row];
     };
-    const std::string plan = "; set max_attention_window_size to \"" + std::to_string(l.max_seq_len) +
-                             (cyclic && settings_.layer_local >= 0 ? "," + std::to_string(settings_.window) : "") +
-                             "\", and give the KV cache memory for it";
+    const auto plan = [&] {
+        return "; set max_attention_window_size to \"" + std::to_string(l.max_seq_len) +
+               (settings_.layer_local >= 0 ? "," + std::to_string(settings_.window) : "") +
+               "\", and give the KV cache memory for it";
+    };
     if (settings_.layer_full >= 0 && window(settings_.layer_full) < l.max_seq_len) {
         throw Refused("input host_max_attention_window_sizes[" + std::to_string(settings_.layer_full) +
                       "] (retrieval heads): expected at least max_seq_len = " + std::to_string(l.max_seq_len) +
-                      ", found " + std::to_string(window(settings_.layer_full)) + plan);
+                      ", found " + std::to_string(window(settings_.layer_full)) + plan());
     }
     if (settings_.layer_local >= 0 && window(settings_.layer_local) != settings_.window) {
         throw Refused("input host_max_attention_window_sizes[" + std::to_string(settings_.layer_local) +
                       "] (local heads): expected the planned window " + std::to_string(settings_.window) + ", found " +
-                      std::to_string(window(settings_.layer_local)) + plan);
+                      std::to_string(window(settings_.layer_local)) + plan());
     }
     // The linear manager of 1.1 and later has no sinks; ours are in the state slots.
     const int32_t planned = cyclic ? l.sink_tokens : 0;

@@ -1,6 +1,7 @@
 // RazorGptAttention: takes the place of TensorRT-LLM's attention plugin; packed input, paged cache. See README.md.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "../common/plugin.h"
@@ -41,6 +42,7 @@ private:
         int32_t window = 0;                        // cyclic pool: W
         int64_t ring_slot_bytes = 0, comp_slot_bytes = 0; // state slots
         std::vector<trtllm::Role> inputs;
+        std::array<int, trtllm::kNumRoles> places{}; // where in `inputs` a role is
 
         int32_t num_local() const { return layer.num_kv_heads - layer.num_retrieval; }
         int32_t local_rows() const { return layer.local_ring_offset + layer.ring_rows; }
@@ -51,7 +53,8 @@ private:
     static void read_local_cache(Settings &settings, FieldReader &fields);
     static FieldWriter write(const Settings &settings);
 
-    int index(trtllm::Role role) const; // -1 if the layer has no such input
+    // The layer must have such an input.
+    int index(trtllm::Role role) const { return settings_.places[static_cast<int>(role)]; }
     razor_layer layer(nvinfer1::DataType type) const;
     void check_cache_settings(const int32_t *windows, int64_t num_windows, int32_t sinks) const;
     void fill_state_slots(razor_call &call, const void *const *inputs) const;

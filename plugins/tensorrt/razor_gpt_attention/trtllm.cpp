@@ -56,7 +56,7 @@ DataType type_of(Role role) {
 
 std::vector<Role> inputs_of(LocalCache cache, razor_position position, bool fp8) {
     std::vector<Role> roles;
-    for (int i = 0; i <= static_cast<int>(Role::kRnnStatePointer); ++i) {
+    for (int i = 0; i < kNumRoles; ++i) {
         const Role role = static_cast<Role>(i);
         bool there = true;
         switch (role) {

@@ -46,6 +46,8 @@ enum class Role {
     kRnnStatePointer,        // int64 [1] on the host: address of [slots, compensation bytes]; state slots
 };
 
+constexpr int kNumRoles = static_cast<int>(Role::kRnnStatePointer) + 1;
+
 const char *name_of(Role role);
 nvinfer1::DataType type_of(Role role); // kQkv: kHALF stands for either half type
 

@@ -14,7 +14,9 @@ inline float __half2float(__half h) {
     // given one and then subtracted. The exponent of infinities and NaN goes to its largest.
     const uint32_t moved = (rest << 13) + (112u << 23);
     const float subnormal = __uint_as_float(moved + (1u << 23)) - __uint_as_float(113u << 23);
-    const uint32_t magnitude = rest >= 0x7c00u ? moved | 0x7f800000u : rest < 0x0400u ? __float_as_uint(subnormal) : moved;
+    const uint32_t magnitude = rest >= 0x7c00u  ? moved | 0x7f800000u
+                               : rest < 0x0400u ? __float_as_uint(subnormal)
+                                                : moved;
     return __uint_as_float(sign | magnitude);
 }
 inline __half __float2half_rn(float x) {

@@ -166,5 +166,6 @@ inline cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute attrib
 template <typename Kernel>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel *kernel, int threads,
                                                                  size_t shared) {
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void *>(kernel), threads, shared);
+    const void *address = reinterpret_cast<const void *>(kernel);
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, address, threads, shared);
 }

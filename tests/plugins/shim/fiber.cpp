@@ -12,9 +12,9 @@
 
 #ifndef RAZOR_SHIM_UCONTEXT
 
-// void razor_shim_swap(void **from, void *to): saves what a call must preserve on this stack, its pointer in *from, and goes
-// on where the stack `to` was left. Rounding mode and the like are the same for all. It ends with a plain return: fibers
-// mostly stand at the same call, so the processor, which believes that calls and returns pair up, predicts it right.
+// Saves what a call must preserve on this stack, its pointer in *from, and goes on where the stack `to` was left.
+// Rounding mode and the like are the same for all. It ends with a plain return: fibers mostly stand at the same call,
+// so the processor, which believes that calls and returns pair up, predicts it right.
 extern "C" void razor_shim_swap(void **from, void *to) __attribute__((visibility("hidden")));
 
 #if defined(__x86_64__)
@@ -96,7 +96,7 @@ namespace {
 
 constexpr size_t kStack = RAZOR_SHIM_ASAN ? 256 << 10 : 128 << 10; // sanitized frames are larger
 
-// Below it a page that cannot be touched: a stack that is too small ends the process, and does not end up in the next one.
+// Below it a page that cannot be touched: a stack that is too small ends the process and does not grow into the next.
 char *map_stack() {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     void *p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -117,8 +117,9 @@ void shuffle_order(T *items, uint32_t n) {
 
 // Messages -----------------------------------------------------------------------------------------------------------
 const char *name(Op op) {
-    static const char *const names[] = {"nothing", "sync_warp", "sync_block", "shuffle", "shuffle_xor", "load_matrix_x4",
-                                        "load_matrix_x4_trans", "mma<__half>", "mma<__nv_bfloat16>", "the kernel's end"};
+    static const char *const names[] = {
+        "nothing", "sync_warp", "sync_block", "shuffle", "shuffle_xor", "load_matrix_x4", "load_matrix_x4_trans",
+        "mma<__half>", "mma<__nv_bfloat16>", "the kernel's end"};
     return names[static_cast<int>(op)];
 }
 
@@ -325,7 +326,9 @@ void check_canaries() {
     if (RAZOR_SHIM_ASAN) return;
     const auto changed = [](const char *p) { return std::any_of(p, p + kCanary, [](char c) { return c != '\xff'; }); };
     if (changed(m.memory)) fail("something wrote below shared memory");
-    if (changed(m.shared + m.shared_bytes)) fail("something wrote beyond the %zu bytes of shared memory", m.shared_bytes);
+    if (changed(m.shared + m.shared_bytes)) {
+        fail("something wrote beyond the %zu bytes of shared memory", m.shared_bytes);
+    }
 }
 
 void run_block(uint64_t index) {
@@ -391,8 +394,8 @@ void fail_alignment(const void *address, const char *what, Place place) {
 static void check_shared16(const void *address, const char *what, Place place) {
     const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(m.shared);
     if (m.shared_bytes < 16 || offset > m.shared_bytes - 16) {
-        fail("%s: from byte %lld on of %zu bytes of shared memory", at(what, place).chars, static_cast<long long>(offset),
-             m.shared_bytes);
+        fail("%s: from byte %lld on of %zu bytes of shared memory", at(what, place).chars,
+             static_cast<long long>(offset), m.shared_bytes);
     }
     check_aligned16(address, what, place);
 }

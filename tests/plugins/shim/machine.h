@@ -1,8 +1,8 @@
 // A block of CUDA threads on one CPU thread: a fiber for each, which runs until it meets the others.
 //
 // Blocks run one after another. A warp's lanes run one after another from collective to collective; the last lane to
-// arrive does the work for all, and goes on. Warps run until the next sync_block, now and then interrupted. The order of
-// blocks, warps and lanes comes from a seed, so that code which depends on it fails for some seeds.
+// arrive does the work for all, and goes on. Warps run until the next sync_block, now and then interrupted. The order
+// of blocks, warps and lanes comes from a seed, so that code which depends on it fails for some seeds.
 //
 // What a kernel must not do ends the process, with a line that says which kernel, block and thread: lanes of a warp at
 // different collectives, a thread that left before the others met, a misaligned or outlying address in shared memory.

@@ -1,4 +1,4 @@
-// m16n8k16 with fp32 accumulation. Products of two 16-bit numbers are exact in fp32; sums are rounded after each of them.
+// m16n8k16 with fp32 accumulation. Products of two 16-bit numbers are exact in fp32; each sum is rounded.
 #include "machine.h"
 
 namespace razor_shim {

@@ -17,7 +17,7 @@ RAZOR_SHIM_API void razor_shim_set_device(int multiprocessors, int max_shared);
 // The n-th launch from now on (1 = the next one) fails with cudaErrorLaunchFailure and runs nothing. 0: none does.
 RAZOR_SHIM_API void razor_shim_fail_launch(int n);
 
-// Launches since the seed was set; and since the library was loaded: thread switches, and accesses to shared memory that
+// Launches since the seed was set. Since the library was loaded: thread switches, and accesses to shared memory that
 // load_matrix_x4 would have saved with its rows in other banks.
 RAZOR_SHIM_API uint64_t razor_shim_launches(void);
 RAZOR_SHIM_API uint64_t razor_shim_switches(void);
