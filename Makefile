@@ -59,7 +59,7 @@ plugin: $(CUDA_TOOLS) $(BUILD_TOOLS)
 resources resources-check: $(CUDA_TOOLS) $(BUILD_TOOLS) $(VENV)/cuobjdump.stamp
 	$(CMAKE) --preset resources $(CMAKE_ARGS)
 	@$(CMAKE) --build --preset resources --parallel $(JOBS) --clean-first 2>&1 | tee build/resources/build.log | \
-	    grep -v -e '^ptxas info' -e 'bytes stack frame'; test -f build/resources/librazor.so
+	    grep --line-buffered -v -e '^ptxas info' -e 'bytes stack frame'; test -f build/resources/librazor.so
 	PATH="$$PATH:$(CURDIR)/$(VENV)/cuobjdump/nvidia/cu13/bin" $(BIN)/python plugins/kernels/resources.py build/resources/build.log \
 	    --nvcc "$$($(NVCC) --version | sed -n "s/.*V\([0-9.]*\)\$$/\1/p")" --library build/resources/librazor.so \
 	    $(if $(filter %-check,$@),--check,--output) plugins/kernels/resources.md

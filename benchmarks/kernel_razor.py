@@ -22,6 +22,7 @@ from trt_razor.kernels import (
     Limits,
     RazorKernels,
 )
+from trt_razor.kernels.attention import new_workspace
 from trt_razor.policy import RazorPolicy
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -171,7 +172,7 @@ class DecodeRun:
         self.out = torch.empty(batch, self.layer.out_width, dtype=pool.dtype, device=device)
         self.lengths = torch.full((batch,), past, dtype=torch.int32, device=device)
         limits = Limits(batch, 0, 1, past)
-        self.workspace = _workspace(kernels, self.layer, limits, device)
+        self.workspace = new_workspace(kernels.workspace_size(self.layer, limits), device)
 
     @staticmethod
     def nbytes(shape: Shape, batch: int, past: int, retrieval: int, policy: RazorPolicy) -> int:
@@ -252,7 +253,8 @@ class PrefillRun:
         self.sizes = [min(chunk, length - s) for s in self.starts]
         numbers = torch.tensor([self.starts, self.sizes], dtype=torch.int32, device=device)
         self.pasts, self.chunks = numbers[0].contiguous(), numbers[1].contiguous()
-        self.workspace = _workspace(kernels, self.layer, Limits(1, chunk, chunk, length), device)
+        limits = Limits(1, chunk, chunk, length)
+        self.workspace = new_workspace(kernels.workspace_size(self.layer, limits), device)
 
     @staticmethod
     def nbytes(shape: Shape, length: int, retrieval: int, policy: RazorPolicy) -> int:
@@ -355,15 +357,6 @@ def _state(
         k, v = torch.cat([mean[used, 0], k]), torch.cat([mean[used, 1], v])
         extra = torch.cat([comp.log_weight[sequence, head][used].double(), extra])
     return k, v, extra
-
-
-def _workspace(
-    kernels: RazorKernels, layer: LayerConfig, limits: Limits, device: torch.device
-) -> Tensor:
-    size = kernels.workspace_size(layer, limits)
-    memory = torch.empty(size + ALIGN, dtype=torch.uint8, device=device)
-    start = -memory.data_ptr() % ALIGN
-    return memory[start : start + size]
 
 
 def accept(error: float, dtype: torch.dtype, what: str) -> float:

@@ -1,5 +1,5 @@
-// The library's two entry points. IPluginRegistry::loadLibrary and OnnxParser look for them by name; nothing else is exported,
-// and nothing of TensorRT is linked.
+// The library's two entry points. IPluginRegistry::loadLibrary and OnnxParser look for them by name; nothing else is
+// exported, and nothing of TensorRT is linked.
 #include <NvInferRuntime.h>
 
 #include "common/log.h"

@@ -1,20 +1,21 @@
-// For LD_PRELOAD into a program that loads TensorRT engines and knows nothing of plugins (Triton's TensorRT-LLM backend):
+// For LD_PRELOAD into a program that loads TensorRT engines and knows nothing of plugins, such as Triton with its
+// TensorRT-LLM backend:
 //
 //     LD_PRELOAD=/path/libtrt_razor_preload_trt10.so tritonserver …
 //
-// How it finds the right moment. The program, or a library that it opens long after its start, links libnvinfer; whoever wants an
-// engine calls createInferRuntime_INTERNAL (every createInferRuntime does), and whoever registers plugins calls
-// getPluginRegistry. A preloaded library comes first in the search for symbols, so both calls arrive here: the real function is
-// looked up as the caller would have found it, our plugins are registered, once a registry, and the call goes on.
+// How it finds the right moment. The program, or a library that it opens long after its start, links libnvinfer;
+// whoever wants an engine calls createInferRuntime_INTERNAL (every createInferRuntime does), and whoever registers
+// plugins calls getPluginRegistry. A preloaded library comes first in the search for symbols, so both calls arrive
+// here: the real function is looked up as the caller would have found it, our plugins are registered, once a
+// registry, and the call goes on.
 //
-// Nothing happens before. mpirun, shells and everything else that inherits LD_PRELOAD run as ever: this library has no
-// constructor and needs neither TensorRT nor CUDA; the plugins are opened (from this library's own folder) when there is a
-// TensorRT to give them to. Linking libnvinfer instead would load it into each of these programs, and stop those that
-// cannot find it.
+// Nothing happens before. mpirun, shells and everything else that inherits LD_PRELOAD run as ever: this library has
+// no constructor and needs neither TensorRT nor CUDA; the plugins are opened (from this library's own folder) when
+// there is a TensorRT to give them to. Linking libnvinfer instead would load it into each of these programs, and stop
+// those that cannot find it.
 #include <NvInferRuntime.h>
 
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cstdio>
 #include <mutex>
@@ -73,10 +74,11 @@ public:
 };
 
 void register_plugins(nvinfer1::IPluginRegistry *registry, void *registry_function) {
-    static std::mutex mutex;
+    // Recursive: what is called here may itself ask for the registry, and comes back through this library.
+    static std::recursive_mutex mutex;
     static std::set<nvinfer1::IPluginRegistry *> done;
     static LoggerOfTensorRt *logger = new LoggerOfTensorRt; // outlives every caller
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::recursive_mutex> lock(mutex);
     if (!done.insert(registry).second) return;
 
     // The registry's layout differs between majors: look before touching it.
@@ -86,8 +88,8 @@ void register_plugins(nvinfer1::IPluginRegistry *registry, void *registry_functi
     const int32_t found = version ? version() : 0;
     // 10.13.3 is 101303
     if (found / 10000 != RAZOR_TRT_MAJOR) {
-        return say("expected TensorRT " RAZOR_STRING(RAZOR_TRT_MAJOR) ", found version " + std::to_string(found) + " (" +
-                   tensorrt + "); the plugins are not registered, preload the library made for that version");
+        return say("expected TensorRT " RAZOR_STRING(RAZOR_TRT_MAJOR) ", found version " + std::to_string(found) +
+                   " (" + tensorrt + "); the plugins are not registered, preload the library made for that version");
     }
     const std::string self = own_file();
     const std::string file = self.substr(0, self.rfind('/') + 1) + kPlugins;

@@ -7,6 +7,7 @@ from razor_layers import Layer
 from torch import Tensor
 
 from trt_razor.kernels import Caches, Limits, RazorKernels
+from trt_razor.kernels.attention import new_workspace
 from trt_razor.kernels.caches import Compensation, ContiguousView
 
 
@@ -29,7 +30,7 @@ class Sequences:
         contexts = batch if rows > 1 else 0
         limits = Limits(batch, contexts * rows, rows, layer.n_max)
         size = kernels.workspace_size(self.config, limits)
-        self.workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self.workspace = new_workspace(size, device="cuda")
 
     def tensors(self) -> list[Tensor]:
         """All memory of the caches."""

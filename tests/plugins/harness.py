@@ -24,11 +24,12 @@ from torch import Tensor
 from trt_razor.kernels import Limits, RazorKernels
 from trt_razor.reference import LayerCache
 
-OUTPUT_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+OUTPUT_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """‖out − reference‖ / ‖reference‖ of one query head of one sequence.
 
-Softmax weights are rounded to the dtype before they multiply the values (relative error up to
-2^-11 and 2^-8), compensation tokens likewise, and so is the output: about three roundings."""
+Two units of roundoff of each dtype (2^-11, 2^-8). Softmax weights are rounded to it before they
+multiply the values, compensation tokens before they are multiplied, and the output; these are
+random and average out over rows and elements, so that a third of this is what is seen."""
 
 MAX_ABS_FACTOR = 4
 """No element is off by more than this many tolerances of the largest one of its head."""
@@ -307,6 +308,7 @@ class _Plan:
         chunk = [c for _, c in self.batch]
         longest = max([c for _, c in call.contexts], default=1)
         max_chunk = max(1, longest) + (call.slack if contexts else 0)
+        max_chunk = min(max_chunk, layer.n_max)
         if call.packed and contexts:
             max_chunk = min(max_chunk, sum(chunk[:contexts]))
 

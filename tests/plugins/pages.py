@@ -69,7 +69,6 @@ class PagedRows:
         self._free = self._random.sample(range(blocks + 1), blocks + 1)
         self._nobodys = self._free.pop()
         self._of: dict[int, list[int]] = {}
-        self._table: Buffer | None = None
 
     @property
     def free_blocks(self) -> int:
@@ -103,10 +102,10 @@ class PagedRows:
         for row, sequence in zip(table, batch, strict=True):
             mine = np.array(self._of.get(sequence, []), np.int32) * self.layers * 2
             row[0, : len(mine)], row[1, : len(mine)] = mine, mine + 1
-        self._table = Buffer("block offsets", table.nbytes, table)
+        offsets = Buffer("block offsets", table.nbytes, table)
         return PagedView(
             pool=self.pool.tensor(torch.uint8),
-            block_offsets=self._table.tensor(torch.int32, *table.shape),
+            block_offsets=offsets.tensor(torch.int32, *table.shape),
             tokens_per_block=self.tokens_per_block,
             layer_offset=self.layer_offset,
             block_bytes=self.half_bytes,

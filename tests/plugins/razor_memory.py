@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,25 +33,19 @@ class Buffer:
 
     def __init__(self, name: str, nbytes: int, content: npt.ArrayLike | None = None) -> None:
         self.name, self.nbytes = name, nbytes
-        self._memory = ctypes.c_void_p()
-        total = nbytes + 2 * _GUARD
-        if _libc.posix_memalign(ctypes.byref(self._memory), 256, max(1, total)):
+        memory, total = ctypes.c_void_p(), nbytes + 2 * _GUARD
+        if _libc.posix_memalign(ctypes.byref(memory), 256, max(1, total)) or memory.value is None:
             raise MemoryError(f"{name}: {total} bytes")
-        assert self._memory.value is not None
-        self._all = np.frombuffer(
-            (ctypes.c_uint8 * total).from_address(self._memory.value), np.uint8
-        )
+        raw = (ctypes.c_uint8 * total).from_address(memory.value)
+        # Arrays and tensors of the memory hold on to raw: it is there as long as the last of them.
+        weakref.finalize(raw, _libc.free, memory.value).atexit = False
+        self._all = np.frombuffer(raw, np.uint8)
         self._all[:] = 0xA5
         self.array: Bytes = self._all[_GUARD : _GUARD + nbytes]
         self.array[:] = 0xFF
         if content is not None:
             self.array[:] = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
         self.expected: Bytes = self.array.copy()
-
-    @property
-    def pointer(self) -> int:
-        assert self._memory.value is not None
-        return self._memory.value + _GUARD
 
     def tensor(self, dtype: torch.dtype, *shape: int) -> Tensor:
         flat = torch.from_numpy(self.array).view(dtype)
@@ -75,10 +70,6 @@ class Buffer:
             f"{self.name}: {len(places)} of {self.nbytes} bytes differ, from byte {places[0]} to "
             f"{places[-1]}: found {self.array[places[:8]]}, expected {self.expected[places[:8]]}"
         )
-
-    def __del__(self) -> None:
-        if self._memory.value:
-            _libc.free(self._memory)
 
 
 class Place:
@@ -125,7 +116,7 @@ class Store(Protocol):
         """A sequence ends; its memory may be given to another."""
 
     def caches(self, batch: Sequence[int]) -> Caches:
-        """For the sequences of a call. The memory lives until the next call of this method."""
+        """For the sequences of a call."""
 
     def row(self, kind: str, sequence: int, head: int, row: int) -> tuple[Place, Place]:
         """Key and value of a row of head ``head`` of the class ("full", "local")."""
@@ -147,7 +138,6 @@ class Slots:
         self.count = count
         self._free = None if order is None else list(order)
         self._of: dict[int, int] = {}
-        self._tables: list[Buffer] = []
 
     def of(self, sequence: int) -> int:
         if self._free is None:
@@ -164,9 +154,7 @@ class Slots:
         slots = [self.of(s) for s in batch]
         if self._free is None and slots == list(range(len(batch))):
             return None
-        table = Buffer("slots", 4 * len(slots), np.array(slots, np.int32))
-        self._tables = [*self._tables[-2:], table]  # a call has one for each class and one for comp
-        return table.tensor(torch.int32)
+        return Buffer("slots", 4 * len(slots), np.array(slots, np.int32)).tensor(torch.int32)
 
 
 class ContiguousRows:

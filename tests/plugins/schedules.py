@@ -101,6 +101,48 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+# What runs under sanitizers, too slow for everything: every head dimension, both dtypes, FP8, all positions.
+SANITIZED = [
+    layer_of(dict(zip(AXES, values, strict=True)))
+    for values in (
+        (64, 4, torch.float16, None, ("half", "split", 0), 5, (3, (1,)), POLICIES["window"], 0),
+        (
+            96,
+            1,
+            torch.bfloat16,
+            None,
+            ("interleaved", "pairs", 48),
+            1,
+            (2, ()),
+            POLICIES["half"],
+            0,
+        ),
+        (
+            128,
+            8,
+            torch.bfloat16,
+            (None, None),
+            ("alibi", "split", 0),
+            1,
+            (2, (1,)),
+            POLICIES["window"],
+            0,
+        ),
+        (
+            256,
+            3,
+            torch.float16,
+            (0.0625, 0.03),
+            ("half", "pairs", 32),
+            2,
+            (2, (0,)),
+            POLICIES["no-sinks"],
+            0,
+        ),
+    )
+]
+
+
 # Schedules ----------------------------------------------------------------------------------------
 def everything() -> list[Call]:
     """Three sequences through every kind of call: 0 starts short, 1 with a chunk longer than most

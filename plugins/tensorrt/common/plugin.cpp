@@ -182,11 +182,13 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc *inputs, int32_t n
     return guarded(1, [&] {
         check_counts(num_inputs, num_outputs);
         // Both ends of a profile must be calls that could be run.
-        for (const Dims DynamicPluginTensorDesc::*which : {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::max}) {
-            std::vector<const Dims *> pointers(num_inputs);
-            for (int i = 0; i < num_inputs; ++i) pointers[i] = &(inputs[i].*which);
-            check_shapes(pointers.data());
+        std::vector<const Dims *> least(num_inputs), most(num_inputs);
+        for (int i = 0; i < num_inputs; ++i) {
+            least[i] = &inputs[i].min;
+            most[i] = &inputs[i].max;
         }
+        check_shapes(least.data());
+        check_shapes(most.data());
         return 0;
     });
 }

@@ -45,8 +45,8 @@ bool is_half(nvinfer1::DataType type); // FP16 or BF16
 razor_dtype dtype_of(nvinfer1::DataType type);
 
 /*
- * Base of the plugins. TensorRT calls the noexcept functions; they call the protected ones, which throw Refused, log the
- * reason with the layer's name, and return failure.
+ * Base of the plugins. TensorRT calls the noexcept functions; they call the protected ones, which throw Refused, log
+ * the reason with the layer's name, and return failure.
  *
  * A plugin is its fields and nothing else: the same object serves any context, and nothing has to be set up
  * before enqueue.
@@ -130,8 +130,8 @@ private:
 };
 
 /*
- * A creator is a name, a list of fields and a constructor: T has kName, fields() and a constructor (layer, phase, reader)
- * that throws Refused.
+ * A creator is a name, a list of fields and a constructor: T has kName, fields() and a constructor (layer, phase,
+ * reader) that throws Refused.
  */
 template <typename T> class Creator : public nvinfer1::IPluginCreatorV3One {
 public:

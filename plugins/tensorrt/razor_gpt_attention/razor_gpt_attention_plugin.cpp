@@ -69,7 +69,8 @@ RazorGptAttentionPlugin::Settings RazorGptAttentionPlugin::read(TensorRTPhase ph
     }
     s.local_cache = static_cast<LocalCache>(fields.integer("local_cache", static_cast<int>(LocalCache::kCyclicPool),
                                                            static_cast<int>(LocalCache::kStateSlots)));
-    s.layer_full = l.num_retrieval > 0 ? fields.integer("layer_full", 0, INT32_MAX) : fields.integer("layer_full", -1, -1);
+    s.layer_full =
+        l.num_retrieval > 0 ? fields.integer("layer_full", 0, INT32_MAX) : fields.integer("layer_full", -1, -1);
     check_heads_and_policy(l);
     read_local_cache(s, fields);
     fields.finish();
@@ -278,8 +279,8 @@ void RazorGptAttentionPlugin::fill_state_slots(razor_call &call, const void *con
 
 void RazorGptAttentionPlugin::run(const PluginTensorDesc *descs, const void *const *inputs, void *const *outputs,
                                   void *workspace, cudaStream_t stream) const {
-    // While it builds, TensorRT times the plugin on buffers of its own, all of them on the device: there is nothing on the
-    // host to read, no cache, and one way to compute.
+    // While it builds, TensorRT times the plugin on buffers of its own, all of them on the device: there is nothing on
+    // the host to read, no cache, and one way to compute.
     if (building()) return;
 
     const auto dims = [&](Role role) -> const Dims & { return descs[index(role)].dims; };

@@ -99,7 +99,8 @@ Requests read_requests(int32_t batch, int64_t tokens, const int32_t *types, cons
         }
         const bool context = types[b] == 0;
         if (context && b != out.num_contexts) {
-            throw Refused(of("host_request_types", b) + ": expected contexts before generations, found a context after one");
+            throw Refused(of("host_request_types", b) +
+                          ": expected contexts before generations, found a context after one");
         }
         // For a context TensorRT-LLM counts what is there once this chunk is; for a generation what was there before.
         int32_t before = past[b];
@@ -140,8 +141,8 @@ razor_view pool_view(const PoolInputs &in, int32_t row, int32_t heads, int32_t c
                      int32_t head_dim, bool fp8) {
     if (row >= in.cache_layers) {
         throw Refused("input host_kv_cache_pool_mapping: expected a row " + std::to_string(row) + ", found " +
-                      std::to_string(in.cache_layers) + " rows; the engine's config.json must declare the cache layers " +
-                      "that the network was built with");
+                      std::to_string(in.cache_layers) + " rows; the engine's config.json must declare the cache " +
+                      "layers that the network was built with");
     }
     const int32_t pool = in.mapping[2 * row], layer_in_pool = in.mapping[2 * row + 1];
     if (pool < 0 || pool >= in.pools || layer_in_pool < 0) {

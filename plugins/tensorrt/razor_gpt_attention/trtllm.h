@@ -1,6 +1,6 @@
-// What TensorRT-LLM (1.0 - 1.2, TensorRT engines) gives an attention plugin: order of the inputs, meaning of the host arrays,
-// layout of its pools. Everything that is inferred from its behaviour and not promised by an interface is in this file
-// and its .cpp, so that a release that differs is met in one place.
+// What TensorRT-LLM (1.0 - 1.2, TensorRT engines) gives an attention plugin: order of the inputs, meaning of the host
+// arrays, layout of its pools. Everything that is inferred from its behaviour and not promised by an interface is in
+// this file and its .cpp, so that a release that differs is met in one place.
 #pragma once
 
 #include <NvInferRuntime.h>

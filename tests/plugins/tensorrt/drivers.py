@@ -218,7 +218,12 @@ class AttentionDriver(Driver):
     ) -> list[Tensor]:
         """Inputs of a call."""
         layer, data = self.layer, data or {}
-        full, local, m, d = len(layer.retrieval), len(layer.local), layer.policy.comp_tokens, layer.head_dim
+        full, local, m, d = (
+            len(layer.retrieval),
+            len(layer.local),
+            layer.policy.comp_tokens,
+            layer.head_dim,
+        )
         cache = dtype_name(layer.cache_dtype)
         width = (layer.num_heads + 2 * layer.num_kv_heads) * d
         rows = layer.policy.local_rows(layer.n_max)
@@ -337,7 +342,10 @@ class GptDriver(Driver):
             ("host_kv_cache_pool_mapping", "int32", [10, 2]),
         ]
         if layer.fp8:
-            shapes += [("kv_orig_quant_scale", "float32", [1]), ("kv_quant_orig_scale", "float32", [1])]
+            shapes += [
+                ("kv_orig_quant_scale", "float32", [1]),
+                ("kv_quant_orig_scale", "float32", [1]),
+            ]
         if layer.position in ("half", "interleaved"):
             dim = layer.rotary_dim or layer.head_dim
             shapes += [
@@ -433,7 +441,9 @@ class _Arrays:
     def __init__(self, data: dict[str, int]) -> None:
         self._data, self._buffers = data, []
 
-    def add(self, name: str, values: Sequence[float] | np.ndarray, dtype: type | None = None) -> None:
+    def add(
+        self, name: str, values: Sequence[float] | np.ndarray, dtype: type | None = None
+    ) -> None:
         array = np.ascontiguousarray(values, dtype)
         self._buffers.append(Buffer(name, array.nbytes, array))
         self._data[name] = self._buffers[-1].pointer
@@ -457,7 +467,9 @@ def gpt_fields(layer: Layer, tokens_per_block: int, design: int) -> dict[str, Fi
     return policy_fields(layer) | {
         "num_retrieval": len(layer.retrieval),
         "position": POSITIONS[layer.position],
-        "rotary_dim": layer.rotary_dim or layer.head_dim if layer.position in ("half", "interleaved") else 0,
+        "rotary_dim": layer.rotary_dim or layer.head_dim
+        if layer.position in ("half", "interleaved")
+        else 0,
         "kv_cache_fp8": int(layer.fp8),
         "tokens_per_block": tokens_per_block,
         "local_cache": design,

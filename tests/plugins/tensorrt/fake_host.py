@@ -114,7 +114,7 @@ class Host:
         self._c.host_logger_throws(int(throws))
 
     def creators(self) -> list[str]:
-        """"name version namespace" of each."""
+        """Name, version and namespace of each."""
         out: list[str] = []
         while text := self._c.host_creator(self._library, len(out)):
             out.append(text.decode())
@@ -226,9 +226,7 @@ class Plugin:
         self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *more: c_void_p
     ) -> int:
         function = getattr(self._c, f"host_{name}")
-        return function(
-            self._p, _all(inputs), len(inputs), _all(outputs), len(outputs), *more
-        )
+        return function(self._p, _all(inputs), len(inputs), _all(outputs), len(outputs), *more)
 
 
 def _all(tensors: Sequence[Tensor]) -> ctypes.Array[_Tensor]:

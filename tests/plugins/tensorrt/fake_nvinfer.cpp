@@ -10,6 +10,7 @@ namespace {
 class Registry : public nvinfer1::IPluginRegistry {
 public:
     bool registerCreator(nvinfer1::IPluginCreatorInterface &creator, const char *name_space) noexcept override {
+        getPluginRegistry(); // the real one might; must not wait for itself
         auto &one = static_cast<nvinfer1::IPluginCreatorV3One &>(creator);
         std::printf("registered %s::%s %s\n", name_space, one.getPluginName(), one.getPluginVersion());
         return true;

@@ -7,13 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Build
 from fake_host import Host
+from plugin_build import Build
 
 
 def _exports(library: Path) -> list[str]:
     command = ["nm", "--dynamic", "--defined-only", "--format=just-symbols", str(library)]
-    return sorted(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    return sorted(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    )
 
 
 def _needs(library: Path) -> str:
@@ -50,4 +52,6 @@ def test_a_logger_that_throws_is_survived(host: Host, capfd: pytest.CaptureFixtu
     finally:
         host.set_logger_throws(False)
     assert host.log() == ""
-    assert "[trt_razor] RazorAttention 'layer.7': field num_heads: missing" in capfd.readouterr().err
+    assert (
+        "[trt_razor] RazorAttention 'layer.7': field num_heads: missing" in capfd.readouterr().err
+    )

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Build
+from plugin_build import Build
 
 REGISTERED = [
     "registered trt_razor::RazorAttention 1",

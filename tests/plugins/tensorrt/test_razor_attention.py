@@ -81,7 +81,10 @@ FIELDS = {
     "num_heads": (7, "num_heads: expected a multiple of 3 KV heads, at most 16384, found 7"),
     "num_kv_heads": (0, "field num_kv_heads: expected an integer in 1..256, found 0"),
     "head_dim": (80, "head_dim: expected 64, 96, 128 or 256, found 80"),
-    "retrieval_heads": ([2, 1], "field retrieval_heads: expected ascending KV heads, found 1 after 2"),
+    "retrieval_heads": (
+        [2, 1],
+        "field retrieval_heads: expected ascending KV heads, found 1 after 2",
+    ),
     "max_seq_len": (0, "field max_seq_len: expected an integer >= 1, found 0"),
     "sink_tokens": (-1, "field sink_tokens: expected an integer >= 0, found -1"),
     "min_window": (0, "field min_window: expected an integer >= 1, found 0"),
@@ -124,8 +127,12 @@ def test_field_types(host: Host) -> None:
     assert "field num_heads: expected type INT32 or INT64, found FLOAT32" in _refusal(
         host, good | {"num_heads": 6.0}
     )
-    assert "field scale: expected type FLOAT32 or FLOAT64, found INT32" in _refusal(host, good | {"scale": 1})
-    assert "field head_dim: expected one integer, found 2" in _refusal(host, good | {"head_dim": [64, 64]})
+    assert "field scale: expected type FLOAT32 or FLOAT64, found INT32" in _refusal(
+        host, good | {"scale": 1}
+    )
+    assert "field head_dim: expected one integer, found 2" in _refusal(
+        host, good | {"head_dim": [64, 64]}
+    )
     assert "field head_dim: expected one value, found the field twice" in _refusal(
         host, [*good.items(), ("head_dim", 64)]
     )
@@ -155,7 +162,10 @@ SHAPES = {
     "cos_sin": ([63, 64], "input cos_sin: expected at least max_seq_len = 64 positions, found 63"),
     "full_k": ([3, 1, 63, 64], "input full_k: expected shape [3, 1, 64, 64], found [3, 1, 63, 64]"),
     "full_v": ([3, 2, 64, 64], "input full_v: expected shape [3, 1, 64, 64]"),
-    "local_k": ([3, 2, 64, 64], "input local_k: expected shape [3, 2, 9, 64], found [3, 2, 64, 64]"),
+    "local_k": (
+        [3, 2, 64, 64],
+        "input local_k: expected shape [3, 2, 9, 64], found [3, 2, 64, 64]",
+    ),
     "local_v": ([2, 2, 9, 64], "input local_v: expected shape [3, 2, 9, 64]"),
     "comp": ([3, 2, 1, 64, 2], "input comp: expected shape [3, 2, 1, 2, 64]"),
     "comp_log_weight": ([3, 2, 2], "input comp_log_weight: expected shape [3, 2, 1]"),

@@ -17,7 +17,12 @@ from razor_memory import LayerStore
 from trt_razor.policy import RazorPolicy
 
 GROUPED = Layer(
-    num_kv_heads=3, group=2, retrieval=(0,), n_max=72, table="pairs", policy=RazorPolicy(4, 11, None, 1)
+    num_kv_heads=3,
+    group=2,
+    retrieval=(0,),
+    n_max=72,
+    table="pairs",
+    policy=RazorPolicy(4, 11, None, 1),
 )
 
 
@@ -45,7 +50,11 @@ CASES = {
     "state-dense": (STATE, 8, replace(GROUPED, retrieval=(0, 1, 2))),
     "state-no-compensation": (STATE, 8, replace(GROUPED, policy=RazorPolicy(4, 11, None, 0))),
     "state-fp8": (STATE, 16, replace(GROUPED, fp8=True, k_scale=0.25, v_scale=0.25)),
-    "state-no-position": (STATE, 8, replace(GROUPED, position="none", policy=RazorPolicy(0, 9, 4, 1))),
+    "state-no-position": (
+        STATE,
+        8,
+        replace(GROUPED, position="none", policy=RazorPolicy(0, 9, 4, 1)),
+    ),
 }
 
 
@@ -130,7 +139,12 @@ FIELDS = [
     ("cyclic", "sink_tokens", -1, "sink_tokens: expected an integer >= 0, found -1"),
     ("cyclic", "min_window", 0, "min_window: expected an integer >= 1, found 0"),
     ("cyclic", "compression", -1, "compression: expected an integer >= 0, found -1"),
-    ("cyclic", "comp_tokens", 2, "comp_tokens: expected at most 1 in the 4 rows between sink_tokens = 4"),
+    (
+        "cyclic",
+        "comp_tokens",
+        2,
+        "comp_tokens: expected at most 1 in the 4 rows between sink_tokens = 4",
+    ),
     ("cyclic-alibi", "comp_tokens", 2, "comp_tokens: expected 0 or 1 with ALiBi, found 2"),
     ("cyclic", "heavy_hitters", 1, "heavy_hitters: expected 0, found 1"),
     ("cyclic", "scale", float("nan"), "scale: expected a finite number > 0, found nan"),
@@ -144,7 +158,12 @@ FIELDS = [
     ("cyclic-dense", "layer_local", 7, "layer_local: expected -1, found 7"),
     ("state", "layer_local", 7, "layer_local: expected -1, found 7"),
     ("cyclic", "window", 15, "window: expected an integer >= 16, found 15"),
-    ("cyclic", "window", 21, "window: expected sink_tokens = 4 plus a multiple of tokens_per_block = 8, found 21"),
+    (
+        "cyclic",
+        "window",
+        21,
+        "window: expected sink_tokens = 4 plus a multiple of tokens_per_block = 8, found 21",
+    ),
     ("state", "window", 20, "window: expected 0, found 20"),
     ("cyclic", "ring_slot_bytes", 16, "ring_slot_bytes: expected 0, found 16"),
     ("state", "ring_slot_bytes", 8176, "ring_slot_bytes: expected an integer >= 8192, found 8176"),
@@ -190,7 +209,12 @@ SHAPES = [
     ("cyclic", "host_past_key_value_lengths", [3], "expected shape [2], found [3]"),
     ("cyclic", "host_sink_token_length", [2], "expected shape [1], found [2]"),
     ("cyclic", "context_lengths", [1], "expected shape [2], found [1]"),
-    ("cyclic", "cache_indirection", [2, 4, 72], "expected a beam width of 1, found shape [2, 4, 72]"),
+    (
+        "cyclic",
+        "cache_indirection",
+        [2, 4, 72],
+        "expected a beam width of 1, found shape [2, 4, 72]",
+    ),
     ("cyclic", "host_request_types", [1], "expected shape [2], found [1]"),
     ("cyclic", "kv_cache_block_offsets", [2, 2, 8], "expected shape [?, 2, 2, ?], found [2, 2, 8]"),
     ("cyclic", "host_kv_cache_pool_pointers", [1, 2], "expected shape [2, 2], found [1, 2]"),
@@ -291,16 +315,36 @@ SERVER = [
         _ints([0]),
         "input host_sink_token_length: expected 4, found 0; set sink_token_length to 4",
     ),
-    ("state", "host_sink_token_length", _ints([4]), "input host_sink_token_length: expected 0, found 4"),
-    ("cyclic", "host_request_types", _ints([1, 0, 1]), "host_request_types[1]: expected contexts before"),
-    ("cyclic", "host_request_types", _ints([0, 2, 1]), "host_request_types[1]: expected 0 (context) or 1"),
+    (
+        "state",
+        "host_sink_token_length",
+        _ints([4]),
+        "input host_sink_token_length: expected 0, found 4",
+    ),
+    (
+        "cyclic",
+        "host_request_types",
+        _ints([1, 0, 1]),
+        "host_request_types[1]: expected contexts before",
+    ),
+    (
+        "cyclic",
+        "host_request_types",
+        _ints([0, 2, 1]),
+        "host_request_types[1]: expected 0 (context) or 1",
+    ),
     (
         "cyclic",
         "host_request_types",
         _ints([1, 1, 1]),
         "input qkv: expected 3 tokens (0 of contexts, one of each of 3 generations), found 11",
     ),
-    ("cyclic", "host_context_lengths", _ints([0, 5, 5]), "host_context_lengths[0]: expected at least 1 token"),
+    (
+        "cyclic",
+        "host_context_lengths",
+        _ints([0, 5, 5]),
+        "host_context_lengths[0]: expected at least 1 token",
+    ),
     (
         "cyclic",
         "host_past_key_value_lengths",
@@ -331,13 +375,25 @@ SERVER = [
         _ints([[0, 0]] * 2, np.int64),
         "input host_kv_cache_pool_pointers[0]: expected an address, found 0",
     ),
-    ("state", "conv_state_ptr", _ints([0], np.int64), "input conv_state_ptr: expected an address, found 0"),
-    ("state", "rnn_state_ptr", _ints([0], np.int64), "input rnn_state_ptr: expected an address, found 0"),
+    (
+        "state",
+        "conv_state_ptr",
+        _ints([0], np.int64),
+        "input conv_state_ptr: expected an address, found 0",
+    ),
+    (
+        "state",
+        "rnn_state_ptr",
+        _ints([0], np.int64),
+        "input rnn_state_ptr: expected an address, found 0",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    "case, name, values, reason", SERVER, ids=[f"{c}-{n}-{i}" for i, (c, n, _, _) in enumerate(SERVER)]
+    "case, name, values, reason",
+    SERVER,
+    ids=[f"{c}-{n}-{i}" for i, (c, n, _, _) in enumerate(SERVER)],
 )
 def test_a_server_with_other_settings_is_refused(
     host: Host, case: str, name: str, values: np.ndarray, reason: str
@@ -347,7 +403,7 @@ def test_a_server_with_other_settings_is_refused(
     rig.run([_contexts((1, 3), (2, 3))])
     caches = [b.array.copy() for b in store.buffers]
     driver.change = {name: Tensor(str(values.dtype), values.shape, values.ctypes.data)}
-    with pytest.raises(AssertionError, match="^$|trt_razor") as caught:
+    with pytest.raises(AssertionError, match="trt_razor") as caught:
         rig.call(replace(_contexts((0, 9)), generations=[(1, 1), (2, 1)]))
     assert reason in str(caught.value)
     for buffer, before in zip(store.buffers, caches, strict=True):
@@ -356,7 +412,7 @@ def test_a_server_with_other_settings_is_refused(
 
 def test_one_block_short(host: Host) -> None:
     """A server that does not count the bubble."""
-    driver, layer, _ = _make(host, "cyclic")
+    driver, _, _ = _make(host, "cyclic")
     types, mapping = np.array([1], np.int32), np.zeros((10, 2), np.int32)
     windows, sinks = np.array([72, 20] * 5, np.int32), np.array([4], np.int32)
     past, pools = np.array([7], np.int32), np.full((2, 2), 4096, np.int64)

@@ -1,6 +1,6 @@
-// A stand-in for TensorRT's header: just the classes that a plugin of the third generation meets, with their names and signatures,
-// so that tests can compile and drive the plugins on machines without TensorRT. It makes no library that TensorRT could load.
-// With TENSORRT_ROOT set, the same tests compile against the real headers.
+// A stand-in for TensorRT's header: just the classes that a plugin of the third generation meets, with their names and
+// signatures, so that tests can compile and drive the plugins on machines without TensorRT. It makes no library that
+// TensorRT could load. With TENSORRT_ROOT set, the same tests compile against the real headers.
 #pragma once
 
 #include <cstddef>
