@@ -83,9 +83,10 @@ class ManagedMemory:
 
 
 class _Bytes:
-    """Memory as torch takes it without a copy."""
+    """Memory as torch takes it without a copy; ``owner`` keeps it alive as long as the tensor."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
@@ -98,7 +99,9 @@ def _tensor(self: razor_memory.Buffer, dtype: torch.dtype, *shape: int) -> Tenso
     if self.nbytes == 0:
         flat = torch.empty(0, dtype=dtype, device="cuda")
     else:
-        flat = torch.as_tensor(_Bytes(self.pointer, self.nbytes), device="cuda").view(dtype)
+        flat = torch.as_tensor(_Bytes(self.pointer, self.nbytes, self.array), device="cuda").view(
+            dtype
+        )
     return flat.view(*shape) if shape else flat
 
 

@@ -28,7 +28,8 @@ _libc.free.argtypes = [ctypes.c_void_p]
 class Buffer:
     """Memory at a 256-byte boundary between two guards, filled with 0xff: NaN in every type here.
 
-    ``array`` are its bytes, ``expected`` what they should be: see :meth:`check`.
+    ``array`` are its bytes from the address ``pointer`` on, ``expected`` what they should be: see
+    :meth:`check`. The memory lives as long as the buffer or anything made of ``array``.
     """
 
     def __init__(self, name: str, nbytes: int, content: npt.ArrayLike | None = None) -> None:
@@ -37,6 +38,7 @@ class Buffer:
         if _libc.posix_memalign(ctypes.byref(memory), 256, max(1, total)) or memory.value is None:
             raise MemoryError(f"{name}: {total} bytes")
         raw = (ctypes.c_uint8 * total).from_address(memory.value)
+        self.pointer = memory.value + _GUARD
         # Arrays and tensors of the memory hold on to raw: it is there as long as the last of them.
         weakref.finalize(raw, _libc.free, memory.value).atexit = False
         self._all = np.frombuffer(raw, np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -37,8 +38,9 @@ def test_token_by_token(kernels: RazorKernels, name: str, comp_tokens: int) -> N
     check(kernels, layer, [Call(generations=[(0, 1)])] * 40, slots=1)
 
 
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name, dtype", zip(POLICIES, itertools.cycle([torch.float16, torch.bfloat16]), strict=False)
+)
 def test_prompts_of_every_length(kernels: RazorKernels, name: str, dtype: torch.dtype) -> None:
     """Prompts of 1 .. 32 tokens in one chunk, then two single tokens and a second chunk."""
     layer = replace(SMALL, policy=POLICIES[name], dtype=dtype)
