@@ -48,11 +48,12 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# librazor.so, put where trt_razor.kernels looks for it.
+# librazor.so and, with TENSORRT_ROOT, the plugin libraries, put where the package looks for them.
 plugin: $(CUDA_TOOLS) $(BUILD_TOOLS)
 	$(CMAKE) --preset $(PRESET) $(CMAKE_ARGS)
 	$(CMAKE) --build --preset $(PRESET) --parallel $(JOBS)
 	install -m 755 build/$(PRESET)/librazor.so trt_razor/kernels/librazor.so
+	$(if $(TENSORRT_ROOT),install -m 755 build/$(PRESET)/plugins/tensorrt/libtrt_razor_*.so trt_razor/kernels/)
 
 # The same for all architectures, and what ptxas says of every kernel. resources-check is for CI: it fails if
 # a decode kernel spills or the table in the repository is not of these kernels. A failed build leaves no library.
@@ -75,7 +76,7 @@ gpu-present:
 	@nvidia-smi -L 2>/dev/null || { echo "error: expected an NVIDIA GPU and its driver, nvidia-smi found none"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info trt_razor/kernels/librazor.so
+	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info trt_razor/kernels/*.so
 
 # Debian splits venv from Python; install it where that is needed and allowed. --clear: an interrupted
 # run may have left a venv without pip.

@@ -203,7 +203,7 @@ def build_arguments(p: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help="auto, onnxruntime, tensorrt-rtx (default auto: the best this machine can run)",
+        help="auto, onnxruntime, tensorrt-rtx, tensorrt (default auto: the best this machine can run)",
     )
     p.add_argument("--output", type=Path, metavar="DIR", help="default: engines/MODEL-…")
     p.add_argument(

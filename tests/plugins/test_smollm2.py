@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from trt_razor.headmap import HeadMap
 from trt_razor.kernels import Caches, LayerConfig
@@ -78,6 +77,6 @@ def test_logits_of_a_real_model(kernels: RazorKernels, monkeypatch: pytest.Monke
         scale = float(expected.abs().max())
         # float16 rounds queries, keys, values and outputs of 30 layers
         error = float((got - expected).abs().max()) / scale
-        assert error < 0.02, f"after {start} tokens: {error}"
+        assert error < 0.008, f"after {start} tokens: {error}"
         if POLICY.dropped(start - chunk):  # then it is Razor's answer, not dense attention's
-            assert error < 0.3 * float((other - expected).abs().max()) / scale
+            assert error < 0.05 * float((other - expected).abs().max()) / scale

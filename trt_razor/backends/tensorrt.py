@@ -159,9 +159,10 @@ def find_plugin(trt: Any) -> Path:
         return path
     package = Path(__file__).resolve().parents[1]
     build = package.parent / "build"
-    places = [package / "kernels" / name, build / name, *sorted(build.glob(f"*/{name}"))]
-    places += sorted(build.glob(f"plugins/*/{name}"))
-    for place in places:
+    built = sorted(build.glob(f"plugins/tensorrt/{name}")) + sorted(
+        build.glob(f"*/plugins/tensorrt/{name}")
+    )
+    for place in (package / "kernels" / name, *built):
         if place.is_file():
             return place
     raise RazorError(
