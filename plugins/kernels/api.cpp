@@ -25,6 +25,7 @@ namespace {
 constexpr int kMaxTokens = 1 << 29;
 constexpr int kMaxBatch = 65535;
 constexpr int kMaxHeads = 16384;
+constexpr int kMaxQueryRows = 1 << 30;
 constexpr int64_t kMaxStride = int64_t{1} << 42;
 constexpr size_t kAlignment = 256;
 
@@ -387,10 +388,17 @@ razor_status fill_batch(Params &p, const razor_call &c, const razor_layer &l) {
                          "max_chunk: expected 1..%d (num_context_tokens), found %d", c.num_context_tokens, c.max_chunk);
             p.num_context_tokens = c.num_context_tokens;
         }
-        // Thread blocks are counted in int32: a block for 16 tokens, or for a cluster, is the most any step asks for.
+        // Query rows of a KV head are counted in int32, a tile of them beyond the last included.
+        const int group = l.num_heads / l.num_kv_heads;
+        if (int64_t{p.max_chunk} * group > kMaxQueryRows)
+            return fail(RAZOR_UNSUPPORTED,
+                        "max_chunk: %d tokens with %d query heads a KV head are too many for one call; split it",
+                        p.max_chunk, group);
+        // Thread blocks are counted in int32: a block for 16 tokens, or for a cluster, is the most any step asks for; the
+        // last step asks for both.
         const int64_t pieces = (int64_t{p.max_chunk} + 15) / 16,
                       blocks = pieces > l.comp_tokens ? pieces : l.comp_tokens;
-        if (blocks * contexts * num_local(l) > INT32_MAX)
+        if (blocks * contexts * num_local(l) > INT32_MAX / 2)
             return fail(RAZOR_UNSUPPORTED,
                         "num_contexts: %d contexts of up to %d tokens with %d local heads are too many for "
                         "one call; split it",

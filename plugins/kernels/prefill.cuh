@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
                     for (int n = 0; n < S::kKeys / 8; ++n)
 #pragma unroll
                         for (int i = 0; i < 2; ++i)
-                            if (n * 8 + i > last) logit[t][n][2 * half + i] = kMasked;
+                            if (n * 8 + i > last) logit[t][n][2 * half + i] = -CUDART_INF_F; // whatever factor is
                 }
         }
 

@@ -22,25 +22,26 @@ __device__ inline int chunk_of(const Params &p, int b) {
 // Reads a handful of integers; packed contexts add up the chunks before them. Once a block, not once a row.
 //
 // Numbers on the device cannot be checked by the host. A sequence whose numbers do not fit the call comes out idle
-// (chunk 0), so that no kernel reads or writes outside its rows.
+// (chunk 0), so that no kernel reads or writes outside its rows. Sums are unsigned: absurd numbers wrap around.
 __device__ inline Sequence sequence_of(const Params &p, int b) {
     Sequence s;
     s.chunk = chunk_of(p, b);
-    s.past = p.past ? p.past[b] : p.total[b] - s.chunk;
+    s.past = p.past ? p.past[b] : static_cast<int>(static_cast<uint32_t>(p.total[b]) - static_cast<uint32_t>(s.chunk));
     if (p.tokens_per_sequence) {
         s.row = b * p.tokens_per_sequence;
     } else if (b >= p.num_contexts) {
         s.row = p.num_context_tokens + b - p.num_contexts;
     } else {
-        s.row = 0;
-        for (int i = 0; i < b; ++i) s.row += p.chunk[i];
+        uint32_t row = 0;
+        for (int i = 0; i < b; ++i) row += static_cast<uint32_t>(p.chunk[i]);
+        s.row = static_cast<int>(row);
     }
     const bool context = b < p.num_contexts;
     const int longest = context ? p.max_chunk : 1;
     const bool inside = s.past >= 0 && s.chunk >= 0 && s.chunk <= longest && s.past <= p.max_past &&
                         s.past <= p.max_seq_len - s.chunk;
     const bool in_rows = p.tokens_per_sequence || !context || (s.row >= 0 && s.row <= p.num_context_tokens - s.chunk);
-    if (!inside || !in_rows) s.chunk = 0;
+    if (!inside || !in_rows) s.chunk = s.row = 0;
     return s;
 }
 

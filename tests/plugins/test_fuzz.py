@@ -16,7 +16,7 @@ from schedules import AXES, layer_of, random_calls
 from trt_razor.kernels import RazorKernels
 from trt_razor.policy import RazorPolicy
 
-CASES = int(os.environ.get("RAZOR_FUZZ", "20"))
+CASES = int(os.environ.get("RAZOR_FUZZ", "16"))
 SEQUENCES = 4
 
 

@@ -257,3 +257,23 @@ def test_caches_must_be_updated_in_place(host: Host) -> None:
     outputs[3].data += 256
     assert not driver.runtime.enqueue(inputs, outputs, 0)
     assert "output local_k_out: expected the memory of its input" in driver.host.log()
+
+
+def test_timing_on_any_memory_while_building(host: Host) -> None:
+    """Buffers of the builder's own, full of noise: nothing is refused, and nothing else is touched."""
+    driver = AttentionDriver(host, GROUPED)
+    rng = np.random.default_rng(0)
+    memory: list[np.ndarray] = []
+
+    def buffer(tensor: Tensor) -> None:
+        size = int(np.prod(tensor.shape)) * 4  # enough for any type
+        memory.append(rng.integers(0, 256, size + 512, np.uint8))
+        tensor.data = memory[-1].ctypes.data + -memory[-1].ctypes.data % 256
+
+    inputs = driver.tensors(3, 7, 20)
+    outputs = driver.outputs(inputs, 0)
+    workspace = np.zeros(driver.builder.workspace_size(inputs, outputs) + 256, np.uint8)
+    for tensor in [*inputs, *outputs]:
+        buffer(tensor)
+    assert driver.builder.configure(inputs, outputs), driver.host.log()
+    assert driver.builder.enqueue(inputs, outputs, workspace.ctypes.data), driver.host.log()
