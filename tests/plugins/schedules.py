@@ -90,7 +90,7 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
     while missing:
         a, i, b, j = rng.choice(sorted(missing))
         candidates = []
-        for _ in range(12):
+        for _ in range(40):
             row: dict[str, int] = {}
             for name in axes:  # in the axes' order, so that pairs are found
                 row[name] = {a: i, b: j}.get(name, rng.choice(sizes[name]))

@@ -39,7 +39,8 @@ def test_token_by_token(kernels: RazorKernels, name: str, comp_tokens: int) -> N
 
 
 @pytest.mark.parametrize(
-    "name, dtype", zip(POLICIES, itertools.cycle([torch.float16, torch.bfloat16]), strict=False)
+    "name, dtype",
+    list(zip(POLICIES, itertools.cycle([torch.float16, torch.bfloat16]), strict=False)),
 )
 def test_prompts_of_every_length(kernels: RazorKernels, name: str, dtype: torch.dtype) -> None:
     """Prompts of 1 .. 32 tokens in one chunk, then two single tokens and a second chunk."""
