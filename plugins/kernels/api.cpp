@@ -394,8 +394,8 @@ razor_status fill_batch(Params &p, const razor_call &c, const razor_layer &l) {
             return fail(RAZOR_UNSUPPORTED,
                         "max_chunk: %d tokens with %d query heads a KV head are too many for one call; split it",
                         p.max_chunk, group);
-        // Thread blocks are counted in int32: a block for 16 tokens, or for a cluster, is the most any step asks for; the
-        // last step asks for both.
+        // Thread blocks are counted in int32: a block for 16 tokens, or for a cluster, is the most any step asks for;
+        // the last step asks for both.
         const int64_t pieces = (int64_t{p.max_chunk} + 15) / 16,
                       blocks = pieces > l.comp_tokens ? pieces : l.comp_tokens;
         if (blocks * contexts * num_local(l) > INT32_MAX / 2)

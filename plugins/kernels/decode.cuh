@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kRes
             sync_warp(); // keys of slice i are here, and all lanes are done with slice i - 1
             if (i + kAhead < slices) {
                 start_copy<D, Fp8>(ring + free_stage * C::kStageBytes, next, lane);
-                // Where the slice after that is: the block table answers while this slice is computed.
+                // Where the slice after that is: the block table answers while copies are under way.
                 next = source.find(place + (i + kAhead + 1) * C::kUnit);
             } else {
                 copy_commit();

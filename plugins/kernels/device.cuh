@@ -118,8 +118,8 @@ inline cudaError_t launch(void (*kernel)(Expected...), dim3 grid, dim3 block, si
         cudaError_t e = cudaGetDevice(&device);
         if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
         if (e == cudaSuccess)
-            e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     most);
+            e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, most);
         if (e != cudaSuccess) return e;
     }
     void *pointers[] = {const_cast<void *>(static_cast<const void *>(&args))...};
@@ -187,8 +187,8 @@ __device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select
 
 // The e4m3 numbers in the high bytes of the two 16-bit halves of x -> two T; low bytes are ignored. Exact. Not the
 // conversion instruction, which only newer chips have and which yields fp16 only: the 7 bits of exponent and mantissa
-// moved to T's place are the value times a power of two, subnormals included. (0x7f, NaN, becomes 480; only a NaN that was
-// to be cached leaves it there: to_fp8 saturates.)
+// moved to T's place are the value times a power of two, subnormals included. (0x7f, NaN, becomes 480; only a NaN that
+// was to be cached leaves it there: to_fp8 saturates.)
 template <typename T>
 __device__ inline uint32_t from_fp8_high(uint32_t x);
 

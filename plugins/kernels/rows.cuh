@@ -26,7 +26,8 @@ __device__ inline int chunk_of(const Params &p, int b) {
 __device__ inline Sequence sequence_of(const Params &p, int b) {
     Sequence s;
     s.chunk = chunk_of(p, b);
-    s.past = p.past ? p.past[b] : static_cast<int>(static_cast<uint32_t>(p.total[b]) - static_cast<uint32_t>(s.chunk));
+    s.past = p.past ? p.past[b]
+                    : static_cast<int>(static_cast<uint32_t>(p.total[b]) - static_cast<uint32_t>(s.chunk));
     if (p.tokens_per_sequence) {
         s.row = b * p.tokens_per_sequence;
     } else if (b >= p.num_contexts) {
