@@ -170,14 +170,17 @@ razor_status check_layer(const razor_layer *layer) {
         RAZOR_EXPECT(l.position != RAZOR_ALIBI || l.comp_tokens <= 1,
                      "comp_tokens: expected 0 or 1 with ALiBi, found %d: a cluster has no single position",
                      l.comp_tokens);
-        RAZOR_EXPECT(l.heavy_hitters == 0, "heavy_hitters: expected 0 (reserved), found %d", l.heavy_hitters);
+        RAZOR_EXPECT(l.heavy_hitters >= 0 && l.heavy_hitters <= kMaxTokens, "heavy_hitters: expected 0..%d, found %d",
+                     kMaxTokens, l.heavy_hitters);
+        RAZOR_EXPECT(l.position != RAZOR_ALIBI || l.heavy_hitters == 0,
+                     "heavy_hitters: expected 0 with ALiBi, found %d: their rows carry no position", l.heavy_hitters);
         const int rows = ring_rows_of(l);
         RAZOR_EXPECT(l.ring_rows >= rows && l.ring_rows <= kMaxTokens,
                      "ring_rows: expected at least %d (razor_ring_rows) for this policy and max_seq_len %d, found %d",
                      rows, l.max_seq_len, l.ring_rows);
-        RAZOR_EXPECT(l.local_ring_offset >= l.sink_tokens && l.local_ring_offset <= kMaxTokens,
-                     "local_ring_offset: expected at least sink_tokens (%d), found %d", l.sink_tokens,
-                     l.local_ring_offset);
+        RAZOR_EXPECT(l.local_ring_offset >= int64_t{l.sink_tokens} + l.heavy_hitters && l.local_ring_offset <= kMaxTokens,
+                     "local_ring_offset: expected at least sink_tokens + heavy_hitters (%d + %d), found %d",
+                     l.sink_tokens, l.heavy_hitters, l.local_ring_offset);
     }
     if (l.num_retrieval > 0)
         RAZOR_EXPECT(l.full_ring_offset >= l.sink_tokens && l.full_ring_offset <= kMaxTokens,
@@ -299,6 +302,9 @@ razor_status fill_comp(Comp &out, const razor_comp &c, const razor_view &local, 
                  RAZOR_COMP_CONTIGUOUS, RAZOR_COMP_IN_BUBBLE, l.comp_tokens, kind);
     if (kind == RAZOR_COMP_IN_BUBBLE) {
         RAZOR_EXPECT(local.kind == RAZOR_VIEW_PAGED, "comp.kind: RAZOR_COMP_IN_BUBBLE needs a paged local view");
+        RAZOR_EXPECT(l.heavy_hitters == 0,
+                     "comp.kind: RAZOR_COMP_IN_BUBBLE needs the rows behind the sinks, found %d heavy_hitters there",
+                     l.heavy_hitters);
         const int64_t row_bytes = d * bytes_per_element(l.cache_dtype);
         const int64_t bytes = m * (d + 2) * 4; // of keys, counts, log-weights; values need less
         const int64_t rows = (bytes + row_bytes - 1) / row_bytes, bubble = l.local_ring_offset - l.sink_tokens;
@@ -461,6 +467,12 @@ razor_status fill_call(Params &p, const razor_call *call, const razor_layer &l) 
         p.local.sinks = sinks;
         p.local.ring_offset = l.local_ring_offset;
         p.local.ring_rows = l.ring_rows;
+        if (l.heavy_hitters > 0) {
+            RAZOR_TRY(check_optional("num_heavy_hitters", c.num_heavy_hitters));
+            p.local.heavy_hitters = c.num_heavy_hitters;
+            p.local.max_heavy_hitters = c.num_heavy_hitters ? l.heavy_hitters : 0;
+            p.local.num_heads = num_local(l);
+        }
         if (l.comp_tokens > 0) RAZOR_TRY(fill_comp(p.comp, c.comp, c.local, l, c.batch));
     }
     return RAZOR_OK;

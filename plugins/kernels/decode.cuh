@@ -365,6 +365,7 @@ cudaError_t run_decode(const Params &p, int32_t *ints, float *partials, const De
     if (p.num_local) {
         const int64_t window = static_cast<int64_t>(p.policy.sinks) + p.policy.window(past) + 1;
         if (window < local_rows) local_rows = window;
+        local_rows += p.local.max_heavy_hitters;
     }
     const int64_t local_units = C::units(static_cast<int>(local_rows)) + C::comp_units(p.policy.comp_tokens);
     const int64_t units = (p.num_retrieval * static_cast<int64_t>(C::units(past + 1)) + p.num_local * local_units) *

@@ -101,7 +101,7 @@ __device__ inline Work work_of(const Params &p, int b) {
     }
     w.dropped = p.num_local ? p.policy.dropped(n) : 0;
     w.full_rows = n + 1;
-    w.local_rows = n + 1 - w.dropped;
+    w.local_rows = n + 1 - w.dropped + p.local.max_heavy_hitters; // of any local head; units without rows cost nothing
     w.comp_units = w.dropped ? C::comp_units(p.policy.comp_tokens) : 0;
     w.full_units = C::units(w.full_rows);
     w.local_units = C::units(w.local_rows) + w.comp_units;
@@ -228,9 +228,10 @@ __device__ inline void next_item(const Params &p, Share &share, Item &item) {
     item.row = work.sequence.row;
     item.past = work.sequence.past;
     item.dropped = local ? work.dropped : 0;
-    item.keys = local ? work.local_rows : work.full_rows;
     item.local = local;
     item.head = index / tiles;
+    item.keys = work.full_rows;
+    if (local) item.keys = work.local_rows - p.local.max_heavy_hitters + heavy_hitters(p.local, item.b, item.head);
     item.tile = index % tiles;
     item.kv_head = p.head_of[local ? p.num_retrieval + item.head : item.head];
     item.query = item.kv_head * p.group + item.tile * kTile;

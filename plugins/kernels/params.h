@@ -41,6 +41,8 @@ struct Rows {
     int32_t block_shift;               // log2(tokens_per_block)
     int32_t capacity;                  // rows beyond are never touched
     int32_t sinks, ring_offset, ring_rows;
+    const int32_t *heavy_hitters;      // [slots, num_heads] rows in use behind the sinks; null = none
+    int32_t max_heavy_hitters, num_heads;
 };
 
 struct Comp {

@@ -116,7 +116,7 @@ __device__ inline void make_task(Task &task, const Params &p, int context, int h
         task.rows = head_rows(p.local, context, h, head_dim * bytes);
         task.dropped = p.policy.dropped(seq.past);
         task.ring_start = task.dropped % p.local.ring_rows;
-        task.num_cached = seq.past - task.dropped;
+        task.num_cached = seq.past - task.dropped + task.rows.front - task.rows.sinks;
         // As long as nothing was dropped, all of them are unused.
         if (task.dropped > 0 && p.policy.comp_tokens > 0) {
             task.num_comp = p.policy.comp_tokens;

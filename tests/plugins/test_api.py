@@ -151,13 +151,24 @@ WRONG_LAYERS = [
         {"position": structs.ALIBI},
         "comp_tokens: expected 0 or 1 with ALiBi, found 2: a cluster has no single position",
     ),
-    ({"heavy_hitters": 1}, "heavy_hitters: expected 0 (reserved), found 1"),
+    ({"heavy_hitters": -1}, "heavy_hitters: expected 0..536870912, found -1"),
+    (
+        {"heavy_hitters": 1},
+        "local_ring_offset: expected at least sink_tokens + heavy_hitters (4 + 1), found 4",
+    ),
+    (
+        {"heavy_hitters": 2, "comp_tokens": 1, "position": structs.ALIBI},
+        "heavy_hitters: expected 0 with ALiBi, found 2: their rows carry no position",
+    ),
     (
         {"ring_rows": 52},
         "ring_rows: expected at least 53 (razor_ring_rows) for this policy and max_seq_len 256, "
         "found 52",
     ),
-    ({"local_ring_offset": 3}, "local_ring_offset: expected at least sink_tokens (4), found 3"),
+    (
+        {"local_ring_offset": 3},
+        "local_ring_offset: expected at least sink_tokens + heavy_hitters (4 + 0), found 3",
+    ),
     ({"full_ring_offset": 0}, "full_ring_offset: expected at least sink_tokens (4), found 0"),
 ]
 

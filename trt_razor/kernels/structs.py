@@ -122,6 +122,7 @@ class RazorCall(Structure):
         ("full", RazorView),
         ("local", RazorView),
         ("comp", RazorComp),
+        ("num_heavy_hitters", c_void_p),
     ]
 
 

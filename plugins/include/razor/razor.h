@@ -93,11 +93,13 @@ typedef struct razor_layer {
     int32_t min_window;     /* S0 >= 1 */
     int32_t compression;    /* C >= 1; 0 = fixed window of S0 */
     int32_t comp_tokens;    /* M, 0 .. RAZOR_MAX_COMP_TOKENS; 0 or 1 with ALiBi */
-    int32_t heavy_hitters;  /* H; reserved, must be 0 */
+    /* H >= 0: rows N0 .. N0 + H - 1 of a local head are for dropped tokens that stay rows of their own. Whoever chooses
+     * them writes them; here they are only attended (num_heavy_hitters). 0 with ALiBi: they carry no position. */
+    int32_t heavy_hitters;
     /* Rows of a local head's ring, at least razor_ring_rows(); position p >= N0 of the window is in row
      * ring_offset + (p - N0) mod ring_rows, a sink p < N0 in row p. */
     int32_t ring_rows;
-    int32_t local_ring_offset; /* N0 (+ H, + a bubble for TensorRT-LLM's cyclic pools) */
+    int32_t local_ring_offset; /* at least N0 + H; more leaves a bubble, as in TensorRT-LLM's cyclic pools */
     int32_t full_ring_offset;  /* of retrieval heads: position p >= N0 is in row p - N0 + this; N0 = row p */
 } razor_layer;
 
@@ -149,7 +151,8 @@ typedef enum razor_comp_kind {
  * value D elements later; count and log-weight at + slot(b) * weight_slot_stride + h * M + m.
  *
  * IN_BUBBLE: M mean keys from row N0 of the local view's key block on, then M counts, then M log-weights; M mean values
- * from row N0 of the value block on. All of it must fit in the rows N0 .. local_ring_offset - 1, inside one block.
+ * from row N0 of the value block on. All of it must fit in the rows N0 .. local_ring_offset - 1, inside one block. Not with
+ * heavy hitters, whose rows these are.
  *
  * The memory need not be initialised: a chunk that begins a sequence (past = 0) does that.
  */
@@ -210,6 +213,9 @@ typedef struct razor_call {
     const float *k_scale, *v_scale; /* device [1], FP8 caches: value = stored * scale; NULL = 1 */
     razor_view full, local;
     razor_comp comp;
+    /* device [slots, Lh], by local.slots as the rows are: heavy hitters in use, rows N0 .. N0 + this - 1; a number outside
+     * 0 .. H counts as the nearest inside. NULL = none */
+    const int32_t *num_heavy_hitters;
 } razor_call;
 
 #define RAZOR_CALL_INIT {(uint32_t)sizeof(razor_call), RAZOR_API_VERSION}
