@@ -26,8 +26,8 @@ BUILD_TOOLS := $(VENV)/build.stamp
 endif
 # make plugin PRESET=quick ARCHS=86-real; presets: CMakePresets.json
 PRESET ?= release
-CMAKE_ARGS = -DCMAKE_CUDA_COMPILER=$(NVCC) -DCMAKE_MAKE_PROGRAM=$(NINJA) \
-    $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT)) $(if $(ARCHS),'-DCMAKE_CUDA_ARCHITECTURES=$(ARCHS)')
+CMAKE_ARGS = '-DCMAKE_CUDA_COMPILER=$(NVCC)' '-DCMAKE_MAKE_PROGRAM=$(NINJA)' \
+    $(if $(TENSORRT_ROOT),'-DTENSORRT_ROOT=$(TENSORRT_ROOT)') $(if $(ARCHS),'-DCMAKE_CUDA_ARCHITECTURES=$(ARCHS)')
 # Runs the tests on a GPU; an NGC image's own python3 has a torch that knows it.
 GPU_PYTHON ?= $(CURDIR)/$(BIN)/python
 JOBS ?= $(shell nproc)
@@ -48,29 +48,28 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# librazor.so and, with TENSORRT_ROOT, the plugin libraries, put where the package looks for them.
+# librazor.so and, where TensorRT's headers are, the plugin libraries, put where the package looks for them.
 plugin: $(CUDA_TOOLS) $(BUILD_TOOLS)
-	$(CMAKE) --preset $(PRESET) $(CMAKE_ARGS)
-	$(CMAKE) --build --preset $(PRESET) --parallel $(JOBS)
-	install -m 755 build/$(PRESET)/librazor.so trt_razor/kernels/librazor.so
-	$(if $(TENSORRT_ROOT),install -m 755 build/$(PRESET)/plugins/tensorrt/libtrt_razor_*.so trt_razor/kernels/)
+	'$(CMAKE)' --preset $(PRESET) $(CMAKE_ARGS)
+	'$(CMAKE)' --build --preset $(PRESET) --parallel $(JOBS)
+	'$(CMAKE)' --install build/$(PRESET) --component python --prefix trt_razor/kernels
 
 # The same for all architectures, and what ptxas says of every kernel. resources-check is for CI: it fails if
 # a decode kernel spills or the table in the repository is not of these kernels. A failed build leaves no library.
 resources resources-check: $(CUDA_TOOLS) $(BUILD_TOOLS) $(VENV)/cuobjdump.stamp
-	$(CMAKE) --preset resources $(CMAKE_ARGS)
-	@$(CMAKE) --build --preset resources --parallel $(JOBS) --clean-first 2>&1 | tee build/resources/build.log | \
+	'$(CMAKE)' --preset resources $(CMAKE_ARGS)
+	@'$(CMAKE)' --build --preset resources --parallel $(JOBS) --clean-first 2>&1 | tee build/resources/build.log | \
 	    grep --line-buffered -v -e '^ptxas info' -e 'bytes stack frame'; test -f build/resources/librazor.so
 	PATH="$$PATH:$(CURDIR)/$(VENV)/cuobjdump/nvidia/cu13/bin" $(BIN)/python plugins/kernels/resources.py build/resources/build.log \
-	    --nvcc "$$($(NVCC) --version | sed -n "s/.*V\([0-9.]*\)\$$/\1/p")" --library build/resources/librazor.so \
+	    --nvcc "$$('$(NVCC)' --version | sed -n "s/.*V\([0-9.]*\)\$$/\1/p")" --library build/resources/librazor.so \
 	    $(if $(filter %-check,$@),--check,--output) plugins/kernels/resources.md
 	install -m 755 build/resources/librazor.so trt_razor/kernels/librazor.so
 
 # On a machine with an NVIDIA GPU: kernels, binding, CUDA graphs, threads, compute-sanitizer.
 test-gpu: gpu-present $(CUDA_TOOLS) $(BUILD_TOOLS) $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/test.stamp)
-	$(CMAKE) --preset gpu $(CMAKE_ARGS)
-	$(CMAKE) --build --preset gpu --parallel $(JOBS)
-	TRT_RAZOR_LIBRARY=$(CURDIR)/build/gpu/librazor.so PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -rs tests/gpu
+	'$(CMAKE)' --preset gpu $(CMAKE_ARGS)
+	'$(CMAKE)' --build --preset gpu --parallel $(JOBS)
+	TRT_RAZOR_LIBRARY='$(CURDIR)/build/gpu/librazor.so' PYTHONPATH='$(CURDIR)' '$(GPU_PYTHON)' -m pytest -rs tests/gpu
 
 gpu-present:
 	@nvidia-smi -L 2>/dev/null || { echo "error: expected an NVIDIA GPU and its driver, nvidia-smi found none"; exit 1; }

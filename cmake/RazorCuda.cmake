@@ -21,8 +21,11 @@ macro(razor_enable_cuda)
         set(razor_nvcc "$ENV{CUDACXX}")
     endif()
 
-    if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-        razor_supported_architectures("${razor_nvcc}" razor_archs)
+    if(NOT CMAKE_CUDA_ARCHITECTURES) # presets set it to nothing, so that none is left of an earlier call
+        set(razor_archs "$ENV{CUDAARCHS}")
+        if(NOT razor_archs)
+            razor_supported_architectures("${razor_nvcc}" razor_archs)
+        endif()
         set(CMAKE_CUDA_ARCHITECTURES "${razor_archs}" CACHE STRING "Chips to compile for" FORCE)
     endif()
     enable_language(CUDA)
@@ -35,6 +38,7 @@ macro(razor_enable_cuda)
         set(CUDAToolkit_ROOT "${CMAKE_CUDA_COMPILER_TOOLKIT_ROOT}")
     endif()
     find_package(CUDAToolkit REQUIRED)
+    link_directories("${CUDAToolkit_LIBRARY_DIR}") # CMake's own -L of it breaks at a space
 endmacro()
 
 # Those of RAZOR_ARCHITECTURES that nvcc knows; the last one keeps its PTX.

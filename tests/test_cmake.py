@@ -55,3 +55,17 @@ def test_presets_build_what_they_configure() -> None:
     shown = [p["name"] for p in presets["configurePresets"] if not p.get("hidden")]
     assert [p["name"] for p in presets["buildPresets"]] == shown
     assert all(p["configurePreset"] == p["name"] for p in presets["buildPresets"])
+
+
+def test_a_preset_keeps_nothing_of_an_earlier_call() -> None:
+    """`make plugin` after `make plugin ARCHS=… TENSORRT_ROOT=…`: the cache must not answer for the user."""
+    presets = json.loads((ROOT / "CMakePresets.json").read_text())["configurePresets"]
+    known = {p["name"]: p for p in presets}
+
+    def variables(name: str) -> dict[str, object]:
+        preset = known[name]
+        inherited = variables(preset["inherits"]) if "inherits" in preset else {}
+        return {**inherited, **preset.get("cacheVariables", {})}
+
+    for name in ("release", "resources", "debug", "quick", "gpu"):
+        assert {"CMAKE_CUDA_ARCHITECTURES", "TENSORRT_ROOT"} <= variables(name).keys()

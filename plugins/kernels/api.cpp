@@ -562,6 +562,11 @@ razor_status cuda_status(const char *step, cudaError_t error) {
     if (error == cudaErrorNoKernelImageForDevice)
         return fail(RAZOR_CUDA_ERROR, "%s: %s; this library is %s", step, cudaGetErrorString(error),
                     razor_build_info());
+    if (error == cudaErrorInsufficientDriver)
+        return fail(RAZOR_CUDA_ERROR,
+                    "%s: CUDA error %d: %s; expected an NVIDIA driver for CUDA %d.%d, found none or an older one",
+                    step, static_cast<int>(error), cudaGetErrorString(error), CUDART_VERSION / 1000,
+                    CUDART_VERSION % 1000 / 10);
     return fail(RAZOR_CUDA_ERROR, "%s: CUDA error %d: %s", step, static_cast<int>(error), cudaGetErrorString(error));
 }
 

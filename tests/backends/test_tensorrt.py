@@ -7,6 +7,7 @@ the runtime one that executes the same graph and insists on caches updated in pl
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -149,7 +150,7 @@ def test_refuses_another_plugin_library(tmp_path: Path, plugin: Path) -> None:
     with pytest.raises(UsageError, match=r"built with another plugin library than .*sha256"):
         setup.session()
     plugin.unlink()
-    with pytest.raises(RazorError, match=r"\$TRT_RAZOR_PLUGIN: .* no such file"):
+    with pytest.raises(RazorError, match=r"\$TRT_RAZOR_PLUGIN: .* found nothing at"):
         setup.session()
 
 
@@ -351,8 +352,39 @@ def test_missing_plugin_says_how_to_make_it(
         find_plugin(SimpleNamespace(__version__="11.1.0"))
 
 
-def test_one_library_per_major_version() -> None:
+def test_one_library_per_major_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin_name(10) != plugin_name(11)
+    other = tmp_path / plugin_name(11)
+    other.write_bytes(b"library")
+    monkeypatch.setenv("TRT_RAZOR_PLUGIN", str(other))
+    assert find_plugin(SimpleNamespace(__version__="11.1.0")) == other
+    with pytest.raises(
+        RazorError, match=r"expected libtrt_razor_plugins_trt10\.so for TensorRT 10"
+    ):
+        find_plugin(SimpleNamespace(__version__="10.16.1"))
+    monkeypatch.setenv("TRT_RAZOR_PLUGIN", str(tmp_path))
+    with pytest.raises(RazorError, match="found a folder at"):
+        find_plugin(SimpleNamespace(__version__="10.16.1"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise OSError('libnvinfer.so.10: cannot\\n open')", "cannot be imported: libnvinfer"),
+        ("import tensorrt_bindings", "cannot be imported: No module named 'tensorrt_bindings'"),
+        ("", "expected a version such as 10.16.1, found 'None'"),
+    ],
+)
+def test_a_broken_package_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(RazorError, match=re.escape(message)) as e:
+        TensorRtBackend().check(SPEC, options())
+    sys.modules.pop("tensorrt", None)
+    assert "\n" not in str(e.value)
 
 
 def test_building_without_a_gpu_is_refused(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_nothing_found_says_how_to_build(checkout: Path, monkeypatch: pytest.Mon
         RazorError, match=r"library: expected the file .* found nothing at '.*x\.so'"
     ):
         find_library(checkout / "x.so")
+    with pytest.raises(RazorError, match="found a folder at"):
+        find_library(checkout)
     touch(checkout / "build" / "librazor.so")
     monkeypatch.setenv("TRT_RAZOR_LIBRARY", "/nowhere/y.so")  # asked for: no other is taken instead
     with pytest.raises(

@@ -9,12 +9,12 @@ from typing import Any
 from trt_razor.errors import MissingExtra, RazorError
 
 
-def import_cudart(extra: str = "tensorrt-rtx", product: str = "TensorRT-RTX") -> Any:
+def import_cudart(why: str, extra: str) -> Any:
     """The module ``cuda.bindings.runtime``, or a clear error that names the extra."""
     try:
         from cuda.bindings import runtime
     except ImportError:
-        raise MissingExtra("cuda-bindings", extra, f"running a {product} engine") from None
+        raise MissingExtra("cuda-bindings", extra, why) from None
     return runtime
 
 

@@ -8,6 +8,7 @@ on the GPU they run on. See docs/tensorrt.md for what has been run and what has 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class TensorRtBackend:
     name = "tensorrt"
 
     def check(self, spec: ModelSpec, options: EngineOptions) -> None:
-        """See ``Backend.check``: what the plugin has no kernel for, versions, the library."""
+        """See ``Backend.check``: what the plugin has no kernel for, versions, the library, a GPU."""
         options.validate(spec)
         if options.graph.dtype not in DTYPES:
             raise UsageError(
@@ -69,6 +70,7 @@ class TensorRtBackend:
                 "--backend onnxruntime or tensorrt-rtx"
             )
         find_plugin(import_tensorrt("building a TensorRT engine"))
+        gpu_capability()
 
     def build(
         self, checkpoint: Checkpoint, options: EngineOptions, staging: Path, progress: Progress
@@ -133,8 +135,11 @@ def import_tensorrt(why: str) -> Any:
 
 def version_of(trt: Any) -> tuple[int, int]:
     """(major, minor) of a tensorrt module."""
-    major, minor = str(trt.__version__).split(".")[:2]
-    return int(major), int(minor)
+    found = str(getattr(trt, "__version__", None))
+    match = re.match(r"(\d+)\.(\d+)", found)
+    if match is None:
+        raise RazorError(f"tensorrt: expected a version such as 10.16.1, found {found[:60]!r}")
+    return int(match[1]), int(match[2])
 
 
 def plugin_name(major: int) -> str:
@@ -155,7 +160,14 @@ def find_plugin(trt: Any) -> Path:
     if chosen:
         path = Path(chosen)
         if not path.is_file():
-            raise RazorError(f"${PLUGIN_VARIABLE}: {chosen}: no such file")
+            raise RazorError(
+                f"${PLUGIN_VARIABLE}: expected the file {name}, found "
+                f"{'a folder' if path.is_dir() else 'nothing'} at '{path}'"
+            )
+        if path.name != name and re.fullmatch(r"libtrt_razor_\w+_trt\d+\.so", path.name):
+            raise RazorError(
+                f"${PLUGIN_VARIABLE}: expected {name} for TensorRT {trt.__version__}, found '{path}'"
+            )
         return path
     package = Path(__file__).resolve().parents[1]
     build = package.parent / "build"
@@ -175,7 +187,7 @@ def gpu_capability() -> str:
     """Compute capability of the current GPU, e.g. ``9.0``. Raises RazorError without one."""
     from trt_razor.backends.cuda import Cuda, import_cudart
 
-    cuda = Cuda(import_cudart(TENSORRT.extra, TENSORRT.product))
+    cuda = Cuda(import_cudart("building a TensorRT engine", TENSORRT.extra))
     try:
         return cuda.capability()
     except RazorError as e:

@@ -102,8 +102,13 @@ def import_module(flavour: Flavour, why: str) -> Any:
     """The Python module of a flavour, or a clear error that names the extra."""
     try:
         return importlib.import_module(flavour.module)
-    except ImportError:
-        raise MissingExtra(flavour.package, flavour.extra, why) from None
+    except (ImportError, OSError) as e:  # OSError: the module loads libraries of its own
+        if isinstance(e, ModuleNotFoundError) and e.name == flavour.module:
+            raise MissingExtra(flavour.package, flavour.extra, why) from None
+        text = " ".join(str(e).split())[:300]
+        raise RazorError(
+            f"{why} needs the Python package '{flavour.package}', which cannot be imported: {text}"
+        ) from None
 
 
 def write_facts(

@@ -61,11 +61,12 @@ class EngineSession:
     ) -> None:
         self.flavour = flavour
         facts = read_facts(directory, flavour)
-        self._trt = trt or import_module(flavour, f"running a {flavour.product} engine")
+        why = f"running a {flavour.product} engine"
+        self._trt = trt or import_module(flavour, why)
         self._check_version(directory, facts)
         self._check_caches(directory, facts, caches, max_seq_len)
         self._check_more(directory, facts)
-        self._cuda = cuda = Cuda(cudart or import_cudart(flavour.extra, flavour.product))
+        self._cuda = cuda = Cuda(cudart or import_cudart(why, flavour.extra))
         self._check_gpu(directory, facts)
         self.num_slots = num_slots
         self.max_seq_len = max_seq_len

@@ -135,6 +135,8 @@ class RazorKernels:
                     f"one row each"
                 )
             num_contexts = batch if tokens > 1 else 0
+        if not 0 <= num_contexts <= batch:
+            raise UsageError(f"num_contexts: expected 0..{batch} (batch), found {num_contexts}")
         context_tokens = num_contexts * tokens if padded else len(qkv) - batch + num_contexts
         if context_tokens < 0:
             raise UsageError(

@@ -31,7 +31,8 @@ def find_library(path: str | os.PathLike[str] | None = None) -> Path:
         found = Path(asked)
         if not found.is_file():
             where = "library" if path is not None else f"${VARIABLE}"
-            raise RazorError(f"{where}: expected the file {LIBRARY}, found nothing at '{found}'")
+            there = "a folder" if found.is_dir() else "nothing"
+            raise RazorError(f"{where}: expected the file {LIBRARY}, found {there} at '{found}'")
         return found.resolve()
     beside = _PACKAGE / LIBRARY
     build = _PACKAGE.parents[1] / "build"
