@@ -15,11 +15,14 @@
 // and waste less on short chunks: prefill() below chooses. Keys and values have one buffer each: the next keys arrive
 // during softmax and P V, values during Q K, and two or more blocks on a multiprocessor fill each other's gaps. Second
 // buffers would cost the second block.
+//
+// Where such tiles are too few for the chip, a block takes only a piece of the key rows: see prefill_split.cuh.
 #pragma once
 
 #include "device.cuh"
 #include "launch.h"
 #include "params.h"
+#include "prefill_split.cuh"
 #include "rows.cuh"
 
 namespace razor {
@@ -54,7 +57,7 @@ template <typename T, int D, int RowTiles>
 struct Shape {
     static constexpr int kRows = kWarps * 16 * RowTiles;   // query rows of a block
     static constexpr int kWarpRows = 16 * RowTiles;
-    static constexpr int kKeys = D > 128 ? 32 : 64;        // key rows of a tile
+    static constexpr int kKeys = tile_keys(D);             // key rows of a tile
     static constexpr int kChunks = D / 8;                  // 16 bytes each, of a row
     static constexpr int kRowBytes = D * 2;
     static constexpr int kTileBytes = kKeys * kRowBytes;
@@ -91,6 +94,7 @@ struct Tables {
     float slope[S::kRows];             // ALiBi, times log2 e
     int32_t last[S::kRows];            // last visible key row
     Task task;
+    Piece piece;
 };
 
 template <typename S>
@@ -241,11 +245,30 @@ __device__ __attribute__((noinline)) void place_comp(char *tile, const float *co
     }
 }
 
+// Query row r is row (token, head) of q and of out; where it begins, in elements.
+__device__ inline int64_t row_offset(const Task &task, const Params &p, int row, int head_dim) {
+    const int token = row / p.group;
+    return (task.first_row + static_cast<int64_t>(token) * p.num_heads + (row - token * p.group)) * head_dim;
+}
+
+// What block blockIdx.x of a line works on. A barrier must follow.
+template <int D>
+__device__ inline void find_work(Task &task, Piece &piece, const Params &p, int pieces) {
+    if (threadIdx.x < kWarp) find_piece<D>(piece, p, pieces, static_cast<int>(blockIdx.x));
+    sync_block();
+    if (threadIdx.x == 0 && piece.count > 0) {
+        make_task(task, p, piece.context, piece.head, D);
+        const int rows = (piece.tile + 1) * kSplitRows;
+        const int last_row = (rows < task.num_rows ? rows : task.num_rows) - 1;
+        trim_piece(piece, tile_keys(D), task.before_chunk + last_row / p.group);
+    }
+}
+
 // grid: (tiles of query rows, contexts, KV heads): retrieval heads and late rows, which have most to read, start first;
-// blocks that run at the same time read the same keys.
-template <typename T, int D, int RowTiles>
+// blocks that run at the same time read the same keys. Split: places on the line.
+template <typename T, int D, int RowTiles, bool Split>
 __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
-    prefill_kernel(const __grid_constant__ Params p) {
+    prefill_kernel(const __grid_constant__ Params p, const Line line) {
     using S = Shape<T, D, RowTiles>;
     const bool fp8 = p.cache_type == CacheType::kFp8, alibi = p.position == RAZOR_ALIBI;
     char *const shared = shared_memory();
@@ -255,28 +278,31 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
     const Task &task = tables.task;
     const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * S::kWarpRows;
 
-    if (threadIdx.x == 0) make_task(tables.task, p, blockIdx.y, blockIdx.z, D);
+    const Piece &piece = tables.piece;
+    if constexpr (Split) {
+        static_assert(S::kRows == kSplitRows, "items of the line");
+        find_work<D>(tables.task, tables.piece, p, line.pieces);
+    } else if (threadIdx.x == 0) {
+        make_task(tables.task, p, blockIdx.y, blockIdx.z, D);
+    }
     sync_block();
-    const int block_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * S::kRows;
+    if (Split && piece.count == 0) return;
+    const int block_row = (Split ? piece.tile : static_cast<int>(gridDim.x - 1 - blockIdx.x)) * S::kRows;
     if (block_row >= task.num_rows) return;
+    const int first_tile = Split ? piece.index * piece.key_tiles : 0;
 
-    look_up(tables, 0, alibi);
+    look_up(tables, first_tile, alibi);
     // Rows behind the last one: they compute with zeros what the last token sees, and are not written.
     for (int i = threadIdx.x; i < S::kRows; i += kThreads) {
         const int row = block_row + i < task.num_rows ? block_row + i : task.num_rows - 1;
         tables.last[i] = task.before_chunk + row / p.group;
         if (alibi) tables.slope[i] = p.slopes[task.first_head + row % p.group] * kLog2e;
     }
-    // Query row r is row (token, head) of q and of out, elements of which lie D apart in these units:
-    const auto row_offset = [&](int row) {
-        const int token = row / p.group;
-        return (task.first_row + static_cast<int64_t>(token) * p.num_heads + (row - token * p.group)) * D;
-    };
 #pragma unroll 2
     for (int i = threadIdx.x; i < S::kRows * S::kChunks; i += kThreads) {
         const int row = i / S::kChunks, chunk = i % S::kChunks;
         const bool valid = block_row + row < task.num_rows;
-        const int64_t offset = row_offset(valid ? block_row + row : block_row) + chunk * 8;
+        const int64_t offset = row_offset(task, p, valid ? block_row + row : block_row, D) + chunk * 8;
         copy_async16(shared + S::at(row, chunk), static_cast<const T *>(p.q) + offset, valid);
     }
     copy_commit();
@@ -296,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
         if (first_key < task.num_comp)
             place_comp<T, S>(to, comp, task.comp.stride, first_key, task.num_comp, 1.f / comp_scale, fp8);
     };
-    if (fp8 || !S::kQueriesOverKeys) request_tile(keys, 0, 0);
+    if (fp8 || !S::kQueriesOverKeys) request_tile(keys, first_tile, 0);
 
     // Lane's part of ldmatrix addresses. Matrices of queries and values: rows 0-7, rows 8-15, then the next 8 columns;
     // of keys: columns first.
@@ -316,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
                 load_matrix_x4(query[t][k], queries + t * kStep + S::at_pair(row_in_pair, k, chunk_of_pair));
         if constexpr (S::kQueriesOverKeys) {
             sync_block();
-            if (!fp8) request_tile(keys, 0, 0);
+            if (!fp8) request_tile(keys, first_tile, 0);
         }
     }
 
@@ -331,9 +357,10 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
     }
 
     // What is the same for all tiles is read from shared memory again: registers are full.
-    for (int tile = 0; tile * S::kKeys <= tables.last[S::kRows - 1]; ++tile) {
+    const int &last_key = Split ? tables.piece.last : tables.last[S::kRows - 1];
+    for (int tile = first_tile; tile * S::kKeys <= last_key; ++tile) {
         const int first_key = tile * S::kKeys;
-        const bool more = first_key + S::kKeys <= tables.last[S::kRows - 1];
+        const bool more = first_key + S::kKeys <= last_key;
         finish_tile(keys, tile, task.comp.k, task.k_scale);
         sync_block(); // keys are here, everyone has done with the last tile's values and tables
         request_tile(values, tile, 1);
@@ -478,6 +505,31 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
         }
     }
 
+    // One of several pieces: as it is, to the workspace. A row that sees none of its keys leaves kMasked, 0 and zeros.
+    if (Split && piece.count > 1) {
+        const int rows = slot_rows(p);
+        float *const slot = line.slots + static_cast<int64_t>(piece.slot) * slot_floats(p);
+#pragma unroll
+        for (int t = 0; t < RowTiles; ++t)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float total = sum[t][half];
+                total += shuffle_xor(total, 1);
+                total += shuffle_xor(total, 2);
+                const int row = warp_row + t * 16 + half * 8 + lane / 4;
+                if (block_row + row >= task.num_rows) continue;
+                float *const to = slot + row * D + 2 * (lane & 3);
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n)
+                    *reinterpret_cast<float2 *>(to + n * 8) = {out[t][n][2 * half], out[t][n][2 * half + 1]};
+                if ((lane & 3) == 0) {
+                    slot[rows * D + row] = top[t][half];
+                    slot[rows * (D + 1) + row] = total;
+                }
+            }
+        return;
+    }
+
     // Through shared memory, so that a row is written 16 bytes a lane. Each warp its own rows.
     sync_block();
 #pragma unroll
@@ -499,13 +551,117 @@ __global__ void __launch_bounds__(kThreads, Shape<T, D, RowTiles>::kBlocksPerSm)
     for (int i = lane; i < S::kWarpRows * S::kChunks; i += kWarp) {
         const int row = warp_row + i / S::kChunks, chunk = i % S::kChunks;
         if (block_row + row >= task.num_rows) continue;
-        *reinterpret_cast<uint4 *>(static_cast<T *>(p.out) + row_offset(block_row + row) + chunk * 8) =
+        *reinterpret_cast<uint4 *>(static_cast<T *>(p.out) + row_offset(task, p, block_row + row, D) + chunk * 8) =
             *reinterpret_cast<const uint4 *>(shared + S::at(row, chunk));
     }
 }
 
-inline int64_t tiles_of(const Params &p, int rows) {
-    return (static_cast<int64_t>(p.max_chunk) * p.group + rows - 1) / rows;
+// Partial results of pieces -> output. The blocks of an item's pieces share its rows: piece i takes the rows i,
+// i + count and so on, which is one of them, or a few. A group of D / 4 threads holds a row, 4 columns a thread. Where
+// there are fewer rows than groups, several groups add up a row's pieces.
+template <int D>
+struct Combine {
+    static constexpr int kColumns = D / 4;
+    static constexpr int kGroups = D > 64 ? 8 : 16;
+    static constexpr int kCombineThreads = kColumns * kGroups;
+    static_assert(kCombineThreads % kWarp == 0, "whole warps");
+
+    struct Shared {
+        float4 out[kGroups][kColumns];
+        float top[kGroups], sum[kGroups];
+        Task task;
+        Piece piece;
+    };
+};
+
+// grid: the line, as before it in prefill_kernel.
+template <typename T, int D>
+__global__ void __launch_bounds__(Combine<D>::kCombineThreads)
+    combine_kernel(const __grid_constant__ Params p, const Line line) {
+    using C = Combine<D>;
+    constexpr int kAtOnce = 4; // pieces that a thread has under way
+    auto &shared = *reinterpret_cast<typename C::Shared *>(shared_memory());
+    const Task &task = shared.task;
+    const Piece &piece = shared.piece;
+    find_work<D>(shared.task, shared.piece, p, line.pieces);
+    sync_block();
+    const int count = piece.count;
+    if (count <= 1) return;
+
+    const int first_row = piece.tile * kSplitRows;
+    const int rows = task.num_rows - first_row < kSplitRows ? task.num_rows - first_row : kSplitRows;
+    const int ours = piece.index < rows ? ceil_div(rows - piece.index, count) : 0;
+    int parts = 1; // groups of a row
+    while (2 * parts * ours <= C::kGroups && 2 * parts <= count) parts *= 2;
+    const int group = threadIdx.x / C::kColumns, column = threadIdx.x % C::kColumns;
+    const int part = group % parts, rows_at_once = C::kGroups / parts;
+    const int max_rows = slot_rows(p);
+    const int64_t step = static_cast<int64_t>(slot_floats(p)) * piece.slot_step;
+    const float *const slots = line.slots + static_cast<int64_t>(piece.slot) * slot_floats(p) - piece.index * step;
+
+    for (int first = 0; first < ours; first += rows_at_once) {
+        const int number = first + group / parts;
+        const int row = piece.index + number * count;
+        float top = kMasked, sum = 0.f;
+        float4 out = {0.f, 0.f, 0.f, 0.f};
+        const auto add = [&](float factor, const float4 &x) {
+            out.x += factor * x.x;
+            out.y += factor * x.y;
+            out.z += factor * x.z;
+            out.w += factor * x.w;
+        };
+        for (int i = part; i < count && number < ours; i += kAtOnce * parts) {
+            float tops[kAtOnce], sums[kAtOnce];
+            float4 outs[kAtOnce];
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+                const bool there = i + j * parts < count;
+                const float *const slot = slots + (there ? i + j * parts : i) * step;
+                tops[j] = there ? slot[max_rows * D + row] : kMasked;
+                sums[j] = there ? slot[max_rows * (D + 1) + row] : 0.f;
+                outs[j] = there ? *reinterpret_cast<const float4 *>(slot + row * D + 4 * column)
+                                : float4{0.f, 0.f, 0.f, 0.f};
+            }
+            float highest = top;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) highest = fmaxf(highest, tops[j]);
+            const float shrink = exp2_fast(top - highest);
+            top = highest;
+            sum *= shrink;
+            out = {out.x * shrink, out.y * shrink, out.z * shrink, out.w * shrink};
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+                const float factor = exp2_fast(tops[j] - highest);
+                sum += factor * sums[j];
+                add(factor, outs[j]);
+            }
+        }
+        if (part > 0) {
+            shared.out[group][column] = out;
+            if (column == 0) {
+                shared.top[group] = top;
+                shared.sum[group] = sum;
+            }
+        }
+        sync_block();
+        if (part == 0 && number < ours) {
+            float highest = top;
+            for (int i = 1; i < parts; ++i) highest = fmaxf(highest, shared.top[group + i]);
+            const float shrink = exp2_fast(top - highest);
+            sum *= shrink;
+            out = {out.x * shrink, out.y * shrink, out.z * shrink, out.w * shrink};
+            for (int i = 1; i < parts; ++i) {
+                const float factor = exp2_fast(shared.top[group + i] - highest);
+                sum += factor * shared.sum[group + i];
+                add(factor, shared.out[group + i][column]);
+            }
+            const float inverse = task.v_scale / sum;
+            T *const to = static_cast<T *>(p.out) + row_offset(task, p, first_row + row, D) + 4 * column;
+            *reinterpret_cast<uint2 *>(to) = {pack<T>(out.x * inverse, out.y * inverse),
+                                              pack<T>(out.z * inverse, out.w * inverse)};
+        }
+        sync_block();
+    }
 }
 
 template <typename T, int D, int RowTiles>
@@ -513,13 +669,24 @@ cudaError_t launch_shape(const Params &p, cudaStream_t stream) {
     using S = Shape<T, D, RowTiles>;
     const dim3 grid(static_cast<unsigned>(tiles_of(p, S::kRows)), p.num_contexts, p.num_kv_heads);
     const size_t shared = shared_bytes<S>(p.cache_type == CacheType::kFp8);
-    return launch(prefill_kernel<T, D, RowTiles>, grid, dim3(kThreads), shared, stream, p);
+    return launch(prefill_kernel<T, D, RowTiles, false>, grid, dim3(kThreads), shared, stream, p, Line{});
+}
+
+template <typename T, int D>
+cudaError_t launch_split(const Params &p, float *slots, const Split &split, cudaStream_t stream) {
+    const Line line = {slots, split.pieces};
+    const size_t shared = shared_bytes<Shape<T, D, 1>>(p.cache_type == CacheType::kFp8);
+    const dim3 grid(split.blocks);
+    const cudaError_t error = launch(prefill_kernel<T, D, 1, true>, grid, dim3(kThreads), shared, stream, p, line);
+    if (error != cudaSuccess) return error;
+    return launch(combine_kernel<T, D>, grid, dim3(Combine<D>::kCombineThreads), sizeof(typename Combine<D>::Shared),
+                  stream, p, line);
 }
 
 }  // namespace prefill_detail
 
 template <typename T, int D>
-cudaError_t prefill(const Params &p, const DeviceInfo &device, cudaStream_t stream) {
+cudaError_t prefill(const Params &p, float *slots, const DeviceInfo &device, cudaStream_t stream) {
     using namespace prefill_detail;
     // Large tiles where two blocks of them fit on a multiprocessor (1 KiB a block is the system's) and the heads with
     // most to read have enough of them to go round. The others need at most 99 KiB a block and run everywhere.
@@ -532,6 +699,8 @@ cudaError_t prefill(const Params &p, const DeviceInfo &device, cudaStream_t stre
         if (fits && fills) return launch_shape<T, D, 2>(p, stream);
     }
     static_assert(shared_bytes<Shape<T, D, 1>>(true) <= 99 * 1024, "sm_86, sm_89 and sm_120 have no more");
+    const Split split = split_of(p, device, Shape<T, D, 1>::kBlocksPerSm);
+    if (split.pieces > 0) return launch_split<T, D>(p, slots, split, stream);
     return launch_shape<T, D, 1>(p, stream);
 }
 
