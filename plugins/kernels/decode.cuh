@@ -186,7 +186,7 @@ __device__ __forceinline__ bool finish(const Params &p, Attention<D> &a, char *r
 
 // The kernel -----------------------------------------------------------------------------------------
 template <typename T, int D, bool Fp8>
-__global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kResident)
+__global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kBound)
     decode_kernel(const __grid_constant__ Params p, int32_t *ints, float *partials) {
     using C = Config<D, Fp8>;
     constexpr int kAhead = C::kStages - 1; // slices under way while one is computed

@@ -13,6 +13,15 @@ constexpr int kTile = 16;    // query heads of an item: rows of an mma
 constexpr int kMinUnits = 2; // of a block: fewer are mostly the latency of the first rows, and more to combine
 constexpr int kGroup = 16;   // partial results that one block combines
 
+// Shared memory of a multiprocessor, for __launch_bounds__ only.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr int kSharedOfChip = 164 * 1024;
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kSharedOfChip = 100 * 1024;
+#else
+constexpr int kSharedOfChip = 228 * 1024;
+#endif
+
 // How one instantiation uses a multiprocessor. The stages of a block stay below the 99 KiB that the smallest supported
 // chips allow.
 template <int D, bool Fp8>
@@ -39,6 +48,9 @@ struct Config {
     static constexpr int kScratchBytes = 1024;
     static constexpr int kSharedBytes = kWarps * kRingBytes + kQueryBytes + kScratchBytes;
     static_assert(kSharedBytes <= 99 * 1024, "must fit every supported chip");
+    // Blocks that the chip being compiled for holds: where shared memory allows fewer, each may take more registers.
+    static constexpr int kFit = kSharedOfChip / (kSharedBytes + 1024);
+    static constexpr int kBound = kFit < 1 ? 1 : kFit < kResident ? kFit : kResident;
 
     // Output tile of a warp in fp32, laid over its ring when the ring is done; padded against bank conflicts.
     static constexpr int kOutPitch = D + 8;
