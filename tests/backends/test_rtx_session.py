@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trt_fakes import FakeCudart, FakeTrt, write_fake_engine
+from trt_fakes import FakeCudart, FakeTrt, compare_over_any_slots, write_fake_engine
 
 from trt_razor.backends.base import EngineOptions
 from trt_razor.backends.onnxruntime import OrtSession
@@ -74,30 +74,7 @@ def test_same_logits_as_onnxruntime_over_any_slots(
         needs_overloads()
     setup = Setup(tmp_path, comp_tokens, razor)
     rtx, ort = setup.rtx(), setup.ort()
-    rng = np.random.default_rng(comp_tokens)
-    past = np.zeros(4, np.int64)
-    compared = 0
-    for _ in range(60):
-        lo = int(rng.integers(0, 4))
-        hi = int(rng.integers(lo, 4)) + 1
-        longest = int(rng.choice([1, 1, 3, 16]))
-        room = 47 - past[lo:hi]
-        for slot in range(lo, hi):
-            if room[slot - lo] < longest or rng.random() < 0.05:
-                rtx.reset(slot)
-                ort.reset(slot)
-                past[slot] = 0
-        chunk = rng.integers(0, longest + 1, hi - lo)
-        tokens = rng.integers(0, SPEC.vocab_size, (hi - lo, longest))
-        wanted = np.tile(np.arange(rng.integers(1, longest + 1)), (hi - lo, 1))
-        args = (lo, tokens, past[lo:hi], chunk, wanted)
-        got, want = rtx.forward(*args), ort.forward(*args)
-        valid = wanted < chunk[:, None]
-        np.testing.assert_allclose(got[valid], want[valid], rtol=1e-4, atol=1e-5)
-        compared += int(valid.sum())
-        past[lo:hi] += chunk
-    assert compared > 50
-    assert past.max() > 20  # beyond the window: compression happened
+    compare_over_any_slots(rtx, ort, SPEC.vocab_size, seed=comp_tokens)
 
 
 def test_a_pass_over_agreeing_slots_copies_no_cache(tmp_path: Path) -> None:

@@ -10,18 +10,17 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trt_fakes import FakeCudart, FakeTrt, write_fake_engine
+from trt_fakes import FakeCudart, FakeTrt, compare_over_any_slots, write_fake_engine
 
 from trt_razor.backends import tensorrt as module
 from trt_razor.backends.base import EngineOptions
@@ -103,30 +102,7 @@ def test_same_logits_as_onnxruntime_over_any_slots(
     setup = Setup(tmp_path, plugin, comp_tokens, razor)
     session = setup.session()
     ort = OrtSession(setup.plain, setup.caches, 4, 48, threads=1)
-    rng = np.random.default_rng(comp_tokens)
-    past = np.zeros(4, np.int64)
-    compared = 0
-    for _ in range(60):
-        lo = int(rng.integers(0, 4))
-        hi = int(rng.integers(lo, 4)) + 1
-        longest = int(rng.choice([1, 1, 3, 16]))
-        room = 47 - past[lo:hi]
-        for slot in range(lo, hi):
-            if room[slot - lo] < longest or rng.random() < 0.05:
-                session.reset(slot)
-                ort.reset(slot)
-                past[slot] = 0
-        chunk = rng.integers(0, longest + 1, hi - lo)
-        tokens = rng.integers(0, TINY.vocab_size, (hi - lo, longest))
-        wanted = np.tile(np.arange(rng.integers(1, longest + 1)), (hi - lo, 1))
-        args = (lo, tokens, past[lo:hi], chunk, wanted)
-        got, want = session.forward(*args), ort.forward(*args)
-        valid = wanted < chunk[:, None]
-        np.testing.assert_allclose(got[valid], want[valid], rtol=1e-4, atol=1e-5)
-        compared += int(valid.sum())
-        past[lo:hi] += chunk
-    assert compared > 50
-    assert past.max() > 20  # beyond the window: compression happened
+    compare_over_any_slots(session, ort, TINY.vocab_size, seed=comp_tokens)
 
 
 def test_caches_exist_once(tmp_path: Path, plugin: Path) -> None:
@@ -256,7 +232,7 @@ FAKE_MODULE = textwrap.dedent(
 
 
 @pytest.fixture
-def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: Path) -> Path:
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: Path) -> Iterator[Path]:
     """A module ``tensorrt`` for this process and its children; returns its log."""
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "tensorrt.py").write_text(FAKE_MODULE)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from trt_razor.backends.base import EngineOptions
+from trt_razor.backends.base import EngineOptions, Session
 from trt_razor.backends.tensorrt_rtx import RTX, TARGETS, _inline_file
 from trt_razor.backends.trt_engine import Flavour, profile_shapes, write_facts
 from trt_razor.graph.decoder import export_decoder
@@ -276,3 +276,31 @@ def write_fake_engine(
     io = {"inputs": facts(session.get_inputs()), "outputs": facts(session.get_outputs())}
     write_facts(directory, flavour, VERSION, options, {"targets": list(TARGETS), **io, **more})
     return plain / "model.onnx"
+
+
+def compare_over_any_slots(session: Session, ort: Session, vocab: int, seed: int) -> None:
+    """Same logits from both, over random ranges of slots, chunks, idle rows and resets."""
+    rng = np.random.default_rng(seed)
+    past = np.zeros(4, np.int64)
+    compared = 0
+    for _ in range(60):
+        lo = int(rng.integers(0, 4))
+        hi = int(rng.integers(lo, 4)) + 1
+        longest = int(rng.choice([1, 1, 3, 16]))
+        room = 47 - past[lo:hi]
+        for slot in range(lo, hi):
+            if room[slot - lo] < longest or rng.random() < 0.05:
+                session.reset(slot)
+                ort.reset(slot)
+                past[slot] = 0
+        chunk = rng.integers(0, longest + 1, hi - lo)
+        tokens = rng.integers(0, vocab, (hi - lo, longest))
+        wanted = np.tile(np.arange(rng.integers(1, longest + 1)), (hi - lo, 1))
+        args = (lo, tokens, past[lo:hi], chunk, wanted)
+        got, want = session.forward(*args), ort.forward(*args)
+        valid = wanted < chunk[:, None]
+        np.testing.assert_allclose(got[valid], want[valid], rtol=1e-4, atol=1e-5)
+        compared += int(valid.sum())
+        past[lo:hi] += chunk
+    assert compared > 50
+    assert past.max() > 20  # beyond the window: compression happened
