@@ -6,6 +6,7 @@ how a pass updates them differs: ``rtx_session`` and ``tensorrt_session``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ SMALL_INPUTS = ("input_ids", "past", "chunk", "past_span", "logits_index")
 DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
-class EngineSession:
+class EngineSession(ABC):
     """A loaded engine with its caches in GPU memory. Subclasses say where the caches are.
 
     Args:
@@ -94,31 +95,32 @@ class EngineSession:
             self.reset(slot)
 
     # What subclasses do ---------------------------------------------------------------------
-    def _check_more(self, directory: Path, facts: dict[str, Any]) -> None:
+    def _check_more(self, directory: Path, facts: dict[str, Any]) -> None:  # noqa: B027 optional
         """Checks of their own, before anything is loaded."""
 
-    def _before_load(self) -> None:
+    def _before_load(self) -> None:  # noqa: B027 optional
         """What the engine needs in this process."""
 
+    @abstractmethod
     def _allocate_caches(self, caches: Sequence[CacheTensor]) -> None:
-        raise NotImplementedError
+        """Memory for all slots."""
 
     @property
+    @abstractmethod
     def kv_bytes(self) -> int:
         """Bytes of all cache tensors as allocated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self, slot: int) -> None:
         """Forget a slot's sequence: its next chunk must have ``past`` 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _bind_caches(self, context: Any, lo: int, hi: int) -> None:
         """Give a pass its caches of slots lo..hi-1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _after_pass(self, lo: int, hi: int) -> None:
         """Enqueue what makes the pass's caches current."""
-        raise NotImplementedError
 
     def _span(self, past: int) -> int:
         """Length of the ``past_span`` input for ``past`` cached tokens: at least that, and >= 1."""
