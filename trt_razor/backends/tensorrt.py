@@ -28,6 +28,7 @@ from trt_razor.backends.trt_engine import (
 from trt_razor.cache_layout import CacheTensor
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.files import sha256_file
+from trt_razor.kernels.layer import DTYPES, HEAD_DIMS
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
 
@@ -46,8 +47,6 @@ TENSORRT = Flavour(
 OLDEST = (10, 15)
 """First version whose parser prefers a plugin to the function body of its name."""
 PLUGIN_VARIABLE = "TRT_RAZOR_PLUGIN"
-HEAD_DIMS = (64, 96, 128, 256)
-DTYPES = ("float16", "bfloat16")
 
 
 class TensorRtBackend:

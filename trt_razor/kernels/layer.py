@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from trt_razor.models.spec import ModelSpec
 
+HEAD_DIMS = (64, 96, 128, 256)
+"""Head dimensions that the library has kernels for; it checks them itself."""
 DTYPES = {"float16": structs.FP16, "bfloat16": structs.BF16}
 CACHE_DTYPES = {**DTYPES, "float8_e4m3fn": structs.FP8_E4M3}
 POSITIONS = {
