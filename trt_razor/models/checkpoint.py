@@ -38,6 +38,17 @@ class Weights(Protocol):
     def digest(self) -> str: ...
 
 
+class WeightSource(Protocol):
+    """Weights to compute with: what the reference and conversions need of a checkpoint."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """A weight by its canonical name: float32, float16, float64 or bfloat16 (ml_dtypes)."""
+        ...
+
+
 class Checkpoint:
     """Weights and tokenizer of one model.
 

@@ -7,7 +7,7 @@ float32 or float64, no tricks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.headmap import HeadMap
+from trt_razor.models.checkpoint import WeightSource
 from trt_razor.models.positions import rope_table
 from trt_razor.models.spec import ModelSpec
 from trt_razor.policy import RazorPolicy
@@ -24,17 +25,6 @@ from trt_razor.reference.cache import LayerCache, new_layer_caches
 
 MLP_ROWS = 2048
 """Rows of the MLP computed at once: its inner activations are several times the residual's."""
-
-
-class WeightSource(Protocol):
-    """What the decoder needs of a checkpoint."""
-
-    @property
-    def spec(self) -> ModelSpec: ...
-
-    def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """A weight by its canonical name: float32, float16, float64 or bfloat16 (ml_dtypes)."""
-        ...
 
 
 class ReferenceDecoder:
