@@ -22,7 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import POLICY, TinyModel, write_model
 
-from trt_razor import build, files
+from trt_razor import files, recipes
 from trt_razor.backends.onnxruntime import OnnxRuntimeBackend
 from trt_razor.build import BuildRequest, build_engine, default_output, model_spec, safe_name
 from trt_razor.engine import Engine
@@ -180,7 +180,7 @@ def test_checkpoint_folder_with_an_odd_name(
 def test_recipe_is_for_the_model_not_for_its_name(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(build.RECIPES_ENV, str(tmp_path))
+    monkeypatch.setenv(recipes.RECIPES_ENV, str(tmp_path))
     shutil.copy(tiny_model.heads, tmp_path / "published-name.heads.json")
     said: list[str] = []
     request = tiny_model.request(tmp_path / "e", heads="auto")
@@ -207,12 +207,12 @@ def test_a_wheel_brings_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recipe = "../../share/trt_razor/recipes/smollm2-135m.heads.json"
     (info / "RECORD").write_text(f"{recipe},,\ntrt_razor/build.py,,\n")
     monkeypatch.setattr(sys, "path", [str(site), *sys.path])
-    monkeypatch.setattr(build, "__file__", str(site / "trt_razor" / "build.py"))
-    monkeypatch.delenv(build.RECIPES_ENV, raising=False)
-    found = build.recipe_heads(zoo_spec("smollm2-135m"))
+    monkeypatch.setattr(recipes, "__file__", str(site / "trt_razor" / "recipes.py"))
+    monkeypatch.delenv(recipes.RECIPES_ENV, raising=False)
+    found = recipes.recipe_heads(zoo_spec("smollm2-135m"))
     assert found is not None
     assert found[0].resolve() == share / "smollm2-135m.heads.json"
-    assert build.recipe_heads(zoo_spec("qwen-7b")) is None
+    assert recipes.recipe_heads(zoo_spec("qwen-7b")) is None
 
 
 def test_what_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -2,163 +2,64 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 from trt_razor.backends import choose_backend, get_backend
-from trt_razor.backends.base import EngineOptions, Progress
-from trt_razor.engine import (
-    HEADS_FILE,
-    TOKENIZER_DIR,
-    Engine,
-    foreign_files,
-    is_engine,
-    write_manifest,
+from trt_razor.backends.base import Backend, EngineOptions, Progress
+from trt_razor.build_request import (
+    BuildRequest,
+    check_output,
+    check_space,
+    checkpoint_of,
+    default_output,
+    dtype_of,
+    home,
+    model_spec,
+    output_of,
+    safe_name,
 )
-from trt_razor.errors import RazorError, UsageError
+from trt_razor.engine import HEADS_FILE, TOKENIZER_DIR, Engine, write_manifest
+from trt_razor.errors import UsageError
 from trt_razor.files import replace_directory
 from trt_razor.graph.options import GraphOptions, weight_bytes
 from trt_razor.headmap import HeadMap
-from trt_razor.models.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
-from trt_razor.models.spec import ModelSpec, spec_from_hf_config
-from trt_razor.models.stored import read_json
-from trt_razor.models.zoo import zoo_names, zoo_spec
-from trt_razor.plan_table import human_bytes
-from trt_razor.policy import RazorPolicy
+from trt_razor.models.checkpoint import Checkpoint
+from trt_razor.models.spec import ModelSpec
+from trt_razor.models.zoo import zoo_spec
+from trt_razor.recipes import recipe_heads
+from trt_razor.trtllm.backend import TensorRtLlmBackend
+from trt_razor.trtllm.engine_config import TrtLlmOptions
+from trt_razor.trtllm.quantized import TrtLlmCheckpoint
+from trt_razor.trtllm.release import release_of
+
+__all__ = [
+    "BuildRequest",
+    "build_engine",
+    "checkpoint_of",
+    "default_output",
+    "model_spec",
+    "resolve_heads",
+    "safe_name",
+]
 
 DEFAULT_SEQ_LEN = 8192
 """Capacity of a slot unless given; less for models with fewer positions."""
+DEFAULT_PREFILL_CHUNK = 2048
+"""Prompt tokens read at once unless given; TensorRT-LLM reads prompts whole unless told otherwise."""
+DEFAULT_SERVER_BATCH = 16
+"""Sequences of a TensorRT-LLM engine unless given; other engines have one slot."""
 
-RECIPES_ENV = "TRT_RAZOR_RECIPES"
 RANDOM_SHARE = 0.15
 """Retrieval share of random weights, which have no retrieval heads: the paper's."""
 
 
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build.
-
-    Attributes:
-        model: name in the zoo, or None with ``checkpoint``. With both, the checkpoint must hold
-            that model.
-        checkpoint: Hugging Face folder or GGUF file, or None for the model's own weights.
-        razor: False = dense attention.
-        heads: ``auto`` (a shipped recipe, else find them), or a head map file.
-        output: engine directory; None = ``engines/<model>-<razor|dense>-<backend>-<dtype>``.
-        policy: what local heads keep; plays no part in a dense engine.
-        dtype: None = float32 for onnxruntime, float16 otherwise.
-        max_seq_len: capacity of a slot; None = 8192, or the model's positions if fewer.
-        max_batch_size: slots.
-        prefill_chunk: prompt tokens read at once; 0 = whole prompts.
-        random_weights: seeded random numbers instead of a checkpoint.
-        force: replace an engine that is already at ``output``.
-    """
-
-    model: str | None = None
-    checkpoint: Path | None = None
-    razor: bool = False
-    heads: str = "auto"
-    backend: str = "auto"
-    output: Path | None = None
-    policy: RazorPolicy = field(default_factory=RazorPolicy)
-    dtype: str | None = None
-    max_seq_len: int | None = None
-    max_batch_size: int = 1
-    prefill_chunk: int = 2048
-    random_weights: bool = False
-    force: bool = False
-
-    def validate(self) -> None:
-        """Raises UsageError for options that exclude each other."""
-        if self.model is None and self.checkpoint is None:
-            raise UsageError(
-                f"no model: name one with --model NAME (known: {', '.join(zoo_names())}) or give "
-                f"--checkpoint PATH"
-            )
-        if self.random_weights and self.checkpoint is not None:
-            raise UsageError("--random-weights and --checkpoint exclude each other; choose one")
-        if self.heads != "auto" and not self.razor:
-            raise UsageError("--heads: a dense engine has no use for a head map; add --razor")
-
-
-def model_spec(request: BuildRequest) -> ModelSpec:
-    """The model's shape, without its weights where that can be: from the zoo or a config.json.
-
-    Raises:
-        UsageError: no or an unknown model, or a checkpoint of another model than named.
-    """
-    request.validate()
-    if request.checkpoint is None:
-        return zoo_spec(request.model or "")
-    folder = _home(request.checkpoint)
-    config = folder / "config.json"
-    if request.model is None and config.is_file():
-        name = folder.resolve().name
-        return spec_from_hf_config(read_json(config, "the model's config.json"), name, str(config))
-    return checkpoint_of(request).spec
-
-
-def checkpoint_of(request: BuildRequest) -> Checkpoint:
-    """Open the weights of a request.
-
-    Raises:
-        UsageError: no model named, or one whose weights are not at hand (with how to supply them).
-        RazorError: a damaged checkpoint.
-    """
-    request.validate()
-    if request.random_weights:
-        return random_checkpoint(zoo_spec(request.model or ""))
-    return open_checkpoint(request.model, request.checkpoint)
-
-
-def safe_name(name: str) -> str:
-    """A model's name as a file name: letters, digits and ``._-``, never hidden, at most 80 bytes."""
-    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).lstrip(".-")
-    return safe.encode()[:80].decode(errors="ignore") or "model"
-
-
-def default_output(spec: ModelSpec, razor: bool, backend: str, dtype: str) -> Path:
-    """Where an engine goes unless told: below ``engines/`` of the current folder."""
-    kind = "razor" if razor else "dense"
-    return Path("engines") / f"{safe_name(spec.name)}-{kind}-{backend}-{dtype}"
-
-
-def recipe_heads(spec: ModelSpec) -> tuple[Path, HeadMap] | None:
-    """The head map shipped for a model, found by its fingerprint, whatever its folder is called.
-
-    Looked for in ``$TRT_RAZOR_RECIPES``, in the source tree's ``engines/recipes``, and where a wheel
-    put the same files.
-
-    Raises:
-        UsageError: a recipe that cannot be read (its own folder's fault, not the model's).
-    """
-    tree = Path(__file__).resolve().parent.parent / "engines" / "recipes"
-    paths = [*sorted(tree.glob("*.heads.json")), *_installed_recipes()]
-    if os.environ.get(RECIPES_ENV):
-        paths = [*sorted(Path(os.environ[RECIPES_ENV]).glob("*.heads.json")), *paths]
-    for path in paths:
-        head_map = HeadMap.load(path)
-        if head_map.fingerprint == spec.fingerprint():
-            return path, head_map
-    return None
-
-
-def _installed_recipes() -> list[Path]:
-    """The recipes among the data files of an installed wheel, wherever its scheme puts them."""
-    try:
-        files = importlib.metadata.files("trt-razor") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    found = (Path(f.locate()) for f in files if f.match("share/trt_razor/recipes/*.heads.json"))
-    return sorted(path for path in found if path.is_file())
-
-
 def resolve_heads(
-    request: BuildRequest, checkpoint: Checkpoint, say: Callable[[str], None], progress: Progress
+    request: BuildRequest,
+    checkpoint: Checkpoint | TrtLlmCheckpoint,
+    say: Callable[[str], None],
+    progress: Progress,
 ) -> HeadMap:
     """The head map of a Razor build: a file, a shipped recipe, or found now.
 
@@ -168,7 +69,7 @@ def resolve_heads(
     spec = checkpoint.spec
     head_map: HeadMap | None = None
     if request.heads != "auto":
-        path = _home(Path(request.heads))
+        path = home(Path(request.heads))
         head_map = HeadMap.load(path)
         head_map.check_model(spec.fingerprint(), spec.name, str(path))
         say(f"heads: {path} ({head_map.method})")
@@ -180,10 +81,19 @@ def resolve_heads(
             f"heads: {RANDOM_SHARE:.0%} spread evenly over the layers (random weights have no "
             f"retrieval heads)"
         )
+    elif isinstance(checkpoint, TrtLlmCheckpoint) and _own_heads(checkpoint).is_file():
+        head_map = HeadMap.load(_own_heads(checkpoint))
+        head_map.check_model(spec.fingerprint(), spec.name, str(_own_heads(checkpoint)))
+        say(f"heads: {_own_heads(checkpoint)} ({head_map.method})")
     elif found := recipe_heads(spec):
         recipe, head_map = found
         say(f"heads: recipe {recipe.name} ({head_map.method})")
     if head_map is None:
+        if isinstance(checkpoint, TrtLlmCheckpoint):
+            raise UsageError(
+                f"{checkpoint.location}: heads cannot be found in a checkpoint of TensorRT-LLM; find "
+                f"them in the original one (trt-razor heads --checkpoint DIR) and give --heads FILE"
+            )
         from trt_razor.heads.find import find_heads
 
         say(f"heads: no recipe for {spec.name}; finding them now (--heads FILE to reuse a map)")
@@ -214,40 +124,28 @@ def build_engine(
     """
     request.validate()
     backend_name, why = choose_backend(request.backend)
-    backend = get_backend(backend_name)
+    backend = backend_of(request, backend_name)
     say(f"backend: {backend_name} ({why})")
-    dtype = request.dtype or ("float32" if backend_name == "onnxruntime" else "float16")
-
-    def options_for(spec: ModelSpec, head_map: HeadMap | None) -> EngineOptions:
-        length = request.max_seq_len
-        if length is None:
-            length = min(DEFAULT_SEQ_LEN, spec.max_positions)
-        graph = GraphOptions(request.policy, head_map, length, dtype)
-        options = EngineOptions(graph, request.max_batch_size, request.prefill_chunk)
-        backend.check(spec, options)
-        return options
-
-    if request.model is not None and request.checkpoint is None:
-        # What can be refused from the name alone is refused before weights are asked for.
-        spec = zoo_spec(request.model)
-        _check_output(_output(request, spec, backend_name, dtype), request.force)
-        options_for(spec, None)
+    check_early(request, backend)
     checkpoint = checkpoint_of(request)
     spec = checkpoint.spec
     say(f"model: {spec.name} ({spec.architecture}, {spec.num_parameters():,} parameters)")
-    output = _output(request, spec, backend_name, dtype)
-    _check_output(output, request.force)
-    options = options_for(spec, None)  # before heads are searched for minutes
-    _check_space(output, weight_bytes(spec, dtype))
+    request, backend = as_stored(request, backend, checkpoint)
+    dtype = dtype_of(request, backend)
+    output = output_of(request, spec, backend_name, dtype)
+    check_output(output, request.force)
+    options = options_of(request, backend, spec, None)  # before heads are searched for minutes
+    check_space(output, _disk_need(request, backend, spec))
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         say("note: the checkpoint has no tokenizer; this engine takes token ids only")
     if request.razor:
-        options = options_for(spec, resolve_heads(request, checkpoint, say, progress))
+        head_map = final_heads(resolve_heads(request, checkpoint, say, progress), backend, say)
+        options = options_of(request, backend, spec, head_map)
     summary(spec, options)
 
     with replace_directory(output) as staging:
-        facts = backend.build(checkpoint, options, staging, progress)
+        facts = backend.build(checkpoint, options, staging, progress)  # type: ignore[arg-type]
         if options.graph.head_map is not None:
             options.graph.head_map.save(staging / HEADS_FILE)
         if tokenizer is not None:
@@ -261,68 +159,96 @@ def build_engine(
             progress("checksums", done, total)
 
         write_manifest(staging, spec, checkpoint.identity(), backend_name, facts, options, count)
-        _check_output(output, request.force)  # something may have come there meanwhile
+        check_output(output, request.force)  # something may have come there meanwhile
     return Engine.load(output, verify=False)
 
 
-def _output(request: BuildRequest, spec: ModelSpec, backend: str, dtype: str) -> Path:
-    if request.output is None:
-        return default_output(spec, request.razor, backend, dtype)
-    return _home(request.output)
+def backend_of(request: BuildRequest, name: str) -> Backend:
+    if name != "tensorrt-llm":
+        return get_backend(name)
+    release = None if request.trtllm_version is None else release_of(request.trtllm_version)
+    return TensorRtLlmBackend(
+        request.trtllm or TrtLlmOptions(),
+        release,
+        request.razor,
+        request.random_weights,
+        request.convert_only,
+    )
 
 
-def _home(path: Path) -> Path:
-    """``~`` as in a shell; unlike Path.expanduser, an unknown user is not an error."""
-    return Path(os.path.expanduser(path))
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """Never overwrite what is not an engine of ours, nor an engine without being told to."""
-    try:
-        if os.path.realpath(output) == os.path.realpath(os.curdir):
-            raise UsageError(f"{output}: is the current folder; give a folder in it as --output")
-        if not output.exists():
-            folder = next(p for p in Path(os.path.abspath(output)).parents if p.exists())
-            if not folder.is_dir():
-                raise UsageError(f"{folder}: is a file, not a folder; choose another --output")
-        elif not output.is_dir():
-            raise UsageError(f"{output}: is a file; choose another --output")
-        else:
-            folder = Path(os.path.realpath(output)).parent
-            if any(output.iterdir()):
-                _check_replaceable(output, force)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise RazorError(f"{folder}: cannot write there; choose another --output")
-    except OSError as e:
-        raise RazorError(f"{output}: cannot use it as --output: {e.strerror or e}") from None
-
-
-def _check_replaceable(output: Path, force: bool) -> None:
-    if not is_engine(output):
-        raise UsageError(
-            f"{output}: exists and is not an engine of ours (or a damaged one), so it will not be "
-            f"touched; choose another --output, or delete it yourself"
-        )
-    if not force:
-        raise UsageError(f"{output}: an engine is already there; --force rebuilds it")
-    foreign = foreign_files(output)
-    if foreign:
-        others = f" (nor are {len(foreign) - 1} others)" if len(foreign) > 1 else ""
-        raise UsageError(
-            f"{output / foreign[0]}: not a file of the engine there{others}, and --force would "
-            f"delete it; move it away, or choose another --output"
-        )
-
-
-def _check_space(output: Path, need: int) -> None:
-    """A lower bound, so that a hopeless build fails at once and not after an hour."""
-    folder = next(p for p in Path(os.path.abspath(output)).parents if p.exists())
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
+def check_early(request: BuildRequest, backend: Backend) -> None:
+    """What can be refused from the name alone is refused before weights are asked for."""
+    if request.model is None or request.checkpoint is not None:
         return
-    if free < need:
-        raise RazorError(
-            f"{output}: disk full: the weights need {human_bytes(need)}, {human_bytes(free)} are "
-            f"free; free some space, or choose an --output on another disk"
+    spec = zoo_spec(request.model)
+    if not request.convert_only:
+        check_output(
+            output_of(request, spec, backend.name, dtype_of(request, backend)), request.force
         )
+    options_of(request, backend, spec, None)
+
+
+def options_of(
+    request: BuildRequest, backend: Backend, spec: ModelSpec, head_map: HeadMap | None
+) -> EngineOptions:
+    """Checked by the backend."""
+    length, chunk, batch = request.max_seq_len, request.prefill_chunk, request.max_batch_size
+    server = backend.name == "tensorrt-llm"
+    if length is None:
+        length = min(DEFAULT_SEQ_LEN, spec.max_positions)
+    if chunk is None:
+        chunk = 0 if server else DEFAULT_PREFILL_CHUNK
+    if batch is None:
+        batch = DEFAULT_SERVER_BATCH if server else 1
+    graph = GraphOptions(request.policy, head_map, length, dtype_of(request, backend))
+    options = EngineOptions(graph, batch, chunk)
+    backend.check(spec, options)
+    return options
+
+
+def final_heads(head_map: HeadMap, backend: Backend, say: Callable[[str], None]) -> HeadMap:
+    """The head map that is really built: TensorRT-LLM's ranks need equal counts."""
+    if not isinstance(backend, TensorRtLlmBackend):
+        return head_map
+    equal = backend.heads(head_map)
+    added = equal.num_retrieval - head_map.num_retrieval
+    if added:
+        say(
+            f"heads: {added} added to the {head_map.num_retrieval} that retrieve, so that each of "
+            f"{backend.options.tp_size} ranks has equally many of a layer ({equal.share:.1%} in all)"
+        )
+    return equal
+
+
+def as_stored(
+    request: BuildRequest, backend: Backend, checkpoint: Checkpoint | TrtLlmCheckpoint
+) -> tuple[BuildRequest, Backend]:
+    """A checkpoint in TensorRT-LLM's format has its dtype and its cache type fixed.
+
+    Raises:
+        UsageError: another one is asked for.
+    """
+    if not isinstance(checkpoint, TrtLlmCheckpoint):
+        return request, backend
+    if request.dtype not in (None, checkpoint.dtype):
+        raise UsageError(
+            f"dtype: {checkpoint.location} is a checkpoint in {checkpoint.dtype}, found {request.dtype}; "
+            "leave --dtype out, or convert the original one"
+        )
+    request = replace(request, dtype=checkpoint.dtype)
+    assert isinstance(backend, TensorRtLlmBackend)
+    if checkpoint.kv_cache_quant_algo == "FP8":
+        backend = replace(backend, options=replace(backend.options, kv_dtype="fp8"))
+    return request, backend
+
+
+def _disk_need(request: BuildRequest, backend: Backend, spec: ModelSpec) -> int:
+    """Bytes that a build writes at least; TensorRT-LLM has a converted checkpoint beside the engines."""
+    if isinstance(backend, TensorRtLlmBackend):
+        return (1 if request.random_weights else 2) * weight_bytes(spec, dtype_of(request, backend))
+    return weight_bytes(spec, dtype_of(request, backend))
+
+
+def _own_heads(checkpoint: TrtLlmCheckpoint) -> Path:
+    """Where ``convert_only`` puts the head map of a checkpoint."""
+    return Path(checkpoint.location) / HEADS_FILE

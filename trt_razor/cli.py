@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,7 +206,14 @@ def _print_plan(
 # build ----------------------------------------------------------------------------------------
 def _build(args: argparse.Namespace) -> int:
     from trt_razor.build import BuildRequest, build_engine
+    from trt_razor.convert import convert_only
 
+    extra = arguments.trtllm_options(args)
+    if args.backend != "tensorrt-llm" and not args.plan and extra.world_size != 1:
+        raise UsageError(
+            f"tp_size {args.tp_size}, pp_size {args.pp_size}: --backend {args.backend} builds for one "
+            "GPU; use --backend tensorrt-llm, or add --plan to see what the split would need"
+        )
     request = BuildRequest(
         model=args.model,
         checkpoint=args.checkpoint,
@@ -220,39 +228,52 @@ def _build(args: argparse.Namespace) -> int:
         prefill_chunk=args.prefill_chunk,
         random_weights=args.random_weights,
         force=args.force,
+        trtllm=None if args.plan else extra,
+        trtllm_version=args.trtllm_version,
+        convert_only=args.convert_only,
     )
     request.validate()
     if args.plan:
         heads = None if args.heads == "auto" else Path(args.heads)
-        return _print_plan(args, request, heads, args.dtype or "float16", args.max_batch_size)
-    if args.tp_size != 1 or args.pp_size != 1:
-        raise UsageError(
-            f"tp_size {args.tp_size}, pp_size {args.pp_size}: the backends of this version build for "
-            f"one GPU; add --plan to see what the split would need"
-        )
+        dtype, batch = args.dtype or "float16", args.max_batch_size or 1
+        return _print_plan(args, request, heads, dtype, batch)
     if policy_options(args) and not args.razor:
         raise UsageError(f"{policy_options(args)[0]}: a dense engine keeps everything; add --razor")
 
     start = time.monotonic()
+    if request.convert_only:
+        with Bars() as bars:
+            folder = convert_only(request, say, bars)
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        seconds = time.monotonic() - start
+        out.print(f"converted in {seconds:.1f} s: {folder} ({size / 1e6:,.0f} MB)", markup=False)
+        return 0
     with Bars() as bars:
-        engine = build_engine(request, say, bars, _print_summary)
+        engine = build_engine(request, say, bars, partial(_print_summary, extra.tp_size))
     m = engine.manifest
     size = sum(f.size for f in m.files)
     out.print(
         f"built in {time.monotonic() - start:.1f} s: {engine.directory} ({size / 1e6:,.0f} MB)\n"
-        f"KV per slot: {m.kv_bytes_per_slot:,} bytes"
-        + (
-            f", {m.kv_bytes_per_slot / m.dense_kv_bytes_per_slot:.1%} of dense attention's "
-            f"{m.dense_kv_bytes_per_slot:,}"
-            if m.razor
-            else " (dense)"
-        ),
+        f"{_kv_line(m)}",
         markup=False,
     )
     return 0
 
 
-def _print_summary(spec: ModelSpec, options: EngineOptions) -> None:
+def _kv_line(m: Manifest) -> str:
+    """What the cache of a finished engine takes."""
+    what, kv, dense = "slot", m.kv_bytes_per_slot, m.dense_kv_bytes_per_slot
+    if m.razor and "kv_bytes_per_sequence_per_rank" in m.facts:  # in whole blocks of TensorRT-LLM
+        what = f"sequence of {m.max_seq_len:,} tokens and GPU"
+        kv = int(m.facts["kv_bytes_per_sequence_per_rank"])
+        dense = int(m.facts["dense_kv_bytes_per_sequence_per_rank"])
+    line = f"KV per {what}: {kv:,} bytes"
+    return (
+        f"{line}, {kv / dense:.1%} of dense attention's {dense:,}" if m.razor else f"{line} (dense)"
+    )
+
+
+def _print_summary(tp_size: int, spec: ModelSpec, options: EngineOptions) -> None:
     """The plan of a Razor build, before its long part."""
     from trt_razor.planner import plan, render
 
@@ -263,6 +284,7 @@ def _print_summary(spec: ModelSpec, options: EngineOptions) -> None:
         spec,
         graph.policy,
         graph.max_seq_len,
+        tp_size=tp_size,
         head_map=graph.head_map,
         kv_dtype=graph.dtype,
         weight_dtype=graph.dtype,

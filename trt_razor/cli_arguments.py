@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from trt_razor.errors import UsageError
 from trt_razor.policy import PRESETS, RazorPolicy
+from trt_razor.trtllm.engine_config import KV_DTYPES, TrtLlmOptions
+from trt_razor.trtllm.release import LocalCache
 
 BUILD_EPILOG = """\
 examples:
@@ -15,6 +17,7 @@ examples:
   %(prog)s --model smollm2-135m --razor --min-window 256 --max-batch-size 4
   %(prog)s --checkpoint ./Qwen2.5-7B-Instruct --razor --heads qwen.heads.json
   %(prog)s --model qwen-72b --razor --plan --tp-size 8
+  %(prog)s --model qwen-72b --razor --backend tensorrt-llm --checkpoint DIR --tp-size 8
 """
 
 
@@ -203,7 +206,8 @@ def build_arguments(p: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help="auto, onnxruntime, tensorrt-rtx, tensorrt (default auto: the best this machine can run)",
+        help="auto, onnxruntime, tensorrt-rtx, tensorrt, tensorrt-llm (default auto: the best of the first "
+        "three that this machine can run)",
     )
     p.add_argument("--output", type=Path, metavar="DIR", help="default: engines/MODEL-…")
     p.add_argument(
@@ -212,22 +216,72 @@ def build_arguments(p: argparse.ArgumentParser) -> None:
         help="default: float32 for onnxruntime, else float16",
     )
     p.add_argument("--max-seq-len", type=int, metavar="N", help="capacity of a slot (default 8192)")
-    p.add_argument("--max-batch-size", type=int, default=1, metavar="N", help="slots (default 1)")
+    p.add_argument(
+        "--max-batch-size", type=int, metavar="N", help="slots (default 1; tensorrt-llm: 16)"
+    )
     p.add_argument(
         "--prefill-chunk",
         type=int,
-        default=2048,
         metavar="N",
-        help="prompt tokens read at once; 0 = whole prompts, the paper's way (default 2048)",
+        help="prompt tokens read at once; 0 = whole prompts, the paper's way (default 2048; "
+        "tensorrt-llm: 0)",
     )
-    p.add_argument("--tp-size", type=int, default=1, metavar="N", help="only with --plan")
-    p.add_argument("--pp-size", type=int, default=1, metavar="N", help="only with --plan")
     p.add_argument("--random-weights", action="store_true", help="any zoo model, for latency work")
     p.add_argument(
         "--plan", action="store_true", help="print the plan (see trt-razor plan) and stop"
     )
     p.add_argument("--force", action="store_true", help="replace an existing engine")
+    trtllm_arguments(p)
     policy_arguments(p)
+
+
+def trtllm_arguments(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("TensorRT-LLM (--backend tensorrt-llm)")
+    g.add_argument(
+        "--tp-size", type=int, default=1, metavar="N", help="tensor-parallel GPUs (default 1)"
+    )
+    g.add_argument(
+        "--pp-size", type=int, default=1, metavar="N", help="pipeline stages (default 1)"
+    )
+    g.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, default="auto", help="of the KV cache (default: --dtype)"
+    )
+    g.add_argument(
+        "--tokens-per-block", type=int, default=32, metavar="N", help="of the pools (default 32)"
+    )
+    g.add_argument(
+        "--max-num-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a step, all requests together (default: the longest prompt)",
+    )
+    g.add_argument(
+        "--local-cache",
+        choices=[c.name.lower() for c in LocalCache],
+        help="where local heads live (default: cyclic for TensorRT-LLM 1.0, slots from 1.1 on)",
+    )
+    g.add_argument("--gather-logits", action="store_true", help="keep the logits of prompts")
+    g.add_argument(
+        "--convert-only",
+        action="store_true",
+        help="write the checkpoint with its heads in order, for trtllm-build; no engine",
+    )
+    g.add_argument(
+        "--trtllm-version", metavar="X", help="with --convert-only, where none is installed"
+    )
+
+
+def trtllm_options(args: argparse.Namespace) -> TrtLlmOptions:
+    """The group's options."""
+    return TrtLlmOptions(
+        tp_size=args.tp_size,
+        pp_size=args.pp_size,
+        kv_dtype=args.kv_dtype,
+        tokens_per_block=args.tokens_per_block,
+        max_num_tokens=args.max_num_tokens,
+        local_cache=LocalCache[args.local_cache.upper()] if args.local_cache else None,
+        gather_logits=args.gather_logits,
+    )
 
 
 def generate_arguments(p: argparse.ArgumentParser) -> None:

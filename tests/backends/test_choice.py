@@ -22,7 +22,7 @@ from trt_razor.errors import UsageError
 def test_auto(
     monkeypatch: pytest.MonkeyPatch, capability: str | None, installed: bool, name: str, why: str
 ) -> None:
-    monkeypatch.setattr(backends, "_gpu_capability", lambda: capability)
+    monkeypatch.setattr(backends, "gpu_capability", lambda: capability)
     monkeypatch.setattr(backends, "_has_tensorrt", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
     chosen, reason = backends.choose_backend("auto")
@@ -32,12 +32,12 @@ def test_auto(
 
 
 def test_auto_prefers_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_gpu_capability", lambda: "9.0")
+    monkeypatch.setattr(backends, "gpu_capability", lambda: "9.0")
     monkeypatch.setattr(backends, "_has_tensorrt", lambda: True)
     name, why = backends.choose_backend("auto")
     assert name == "tensorrt"
     assert "untested" in why
-    monkeypatch.setattr(backends, "_gpu_capability", lambda: None)
+    monkeypatch.setattr(backends, "gpu_capability", lambda: None)
     assert backends.choose_backend("auto")[0] == "onnxruntime"
 
 

@@ -9,10 +9,7 @@ import subprocess
 from trt_razor.backends.base import Backend
 from trt_razor.errors import RazorError, UsageError, did_you_mean
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
-PLANNED = {
-    "tensorrt-llm": "the TensorRT-LLM integration is not part of this version yet",
-}
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "tensorrt-llm")
 
 
 def get_backend(name: str) -> Backend:
@@ -29,18 +26,18 @@ def get_backend(name: str) -> Backend:
         from trt_razor.backends.tensorrt import TensorRtBackend
 
         return TensorRtBackend()
-    if name in PLANNED:
-        raise UsageError(
-            f"backend '{name}': {PLANNED[name]}; available: auto, {', '.join(BACKENDS)}"
-        )
-    raise UsageError(f"backend '{name}': unknown; {did_you_mean(name, (*BACKENDS, *PLANNED))}")
+    if name == "tensorrt-llm":
+        from trt_razor.trtllm.backend import TensorRtLlmBackend
+
+        return TensorRtLlmBackend()
+    raise UsageError(f"backend '{name}': unknown; {did_you_mean(name, ('auto', *BACKENDS))}")
 
 
 def choose_backend(requested: str) -> tuple[str, str]:
     """(name, why): the named backend, or for ``auto`` the best one that this machine can run."""
     if requested != "auto":
         return requested, "as asked"
-    capability = _gpu_capability()
+    capability = gpu_capability()
     if capability is None:
         return "onnxruntime", "no NVIDIA GPU found here; it runs on any CPU"
     if _has_tensorrt():
@@ -73,7 +70,7 @@ def _has_tensorrt() -> bool:
     return True
 
 
-def _gpu_capability() -> str | None:
+def gpu_capability() -> str | None:
     """Compute capability of the first GPU by nvidia-smi, or None."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

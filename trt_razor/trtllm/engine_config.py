@@ -20,18 +20,37 @@ from typing import Any
 
 from trt_razor.cache_layout import dtype_bytes
 from trt_razor.errors import UsageError
-from trt_razor.headmap import HeadMap
-from trt_razor.kernels.layer import DTYPES, HEAD_DIMS
 from trt_razor.models.spec import ModelSpec
-from trt_razor.planner import check_seq_len
 from trt_razor.policy import RazorPolicy
 from trt_razor.sharding import ceil_div
-from trt_razor.trtllm.ranks import RankLayout, check_ranks
+from trt_razor.trtllm.arguments import BuildArguments, build_arguments
+from trt_razor.trtllm.checks import check_engine
+from trt_razor.trtllm.options import (
+    KV_DTYPES,
+    SECTION,
+    SECTION_VERSION,
+    RazorSection,
+    TrtLlmOptions,
+    razor_section,
+)
 from trt_razor.trtllm.release import LocalCache, Release
 
-SECTION = "razor"
-"""Key of ``RazorSection`` in the config.json of a checkpoint and of an engine."""
-SECTION_VERSION = 1
+__all__ = [
+    "KV_DTYPES",
+    "SECTION",
+    "SECTION_VERSION",
+    "BuildArguments",
+    "LayerPlan",
+    "RazorPlan",
+    "RazorSection",
+    "TrtLlmOptions",
+    "build_arguments",
+    "check_engine",
+    "plan_engine",
+    "razor_section",
+    "shortest_cycle",
+]
+
 HYBRID_ARCHITECTURE = "RecurrentGemmaForCausalLM"
 """The one architecture that the runtime takes for attention and state layers mixed."""
 SLOT_ALIGN = 16
@@ -39,103 +58,6 @@ SLOT_ALIGN = 16
 MIN_STATE = 4
 """Elements of a state that is not used: the runtime gives no address to an empty one."""
 _INT32 = (1 << 31) - 1
-KV_DTYPES = ("auto", "fp8")
-
-
-@dataclass(frozen=True)
-class TrtLlmOptions:
-    """What decides a TensorRT-LLM engine beside the options that all backends have.
-
-    Attributes:
-        tp_size, pp_size: tensor-parallel ranks, pipeline stages.
-        kv_dtype: ``auto`` = the engine's dtype, or ``fp8`` (E4M3).
-        tokens_per_block: of the paged pools; a power of two, 8 .. 1024.
-        max_num_tokens: tokens of one step, all requests together; None = as much as the longest
-            prompt read in one go needs (or ``prefill_chunk`` where prompts are read in chunks).
-        local_cache: None = the release's default.
-        gather_logits: build with context logits, for evaluation.
-    """
-
-    tp_size: int = 1
-    pp_size: int = 1
-    kv_dtype: str = "auto"
-    tokens_per_block: int = 32
-    max_num_tokens: int | None = None
-    local_cache: LocalCache | None = None
-    gather_logits: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.tp_size * self.pp_size
-
-    @property
-    def fp8(self) -> bool:
-        return self.kv_dtype == "fp8"
-
-
-@dataclass(frozen=True)
-class RazorSection:
-    """What a converted checkpoint says about its heads: the ``razor`` object of its config.json.
-
-    Kept small, because TensorRT-LLM prints it in a line of its log.
-
-    Attributes:
-        model: fingerprint of the model. heads: digest of its (equalised) head map.
-        tp_size: ranks the heads were ordered for; an engine for another number needs a conversion.
-        num_retrieval: R of a rank, per layer of the whole model.
-    """
-
-    model: str
-    heads: str
-    tp_size: int
-    num_retrieval: tuple[int, ...]
-    policy: RazorPolicy
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "version": SECTION_VERSION,
-            "model": self.model,
-            "heads": self.heads,
-            "tp_size": self.tp_size,
-            "num_retrieval": list(self.num_retrieval),
-            "policy": self.policy.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, data: Any, where: str = "config.json") -> RazorSection:
-        """Raises UsageError naming the wrong field."""
-        prefix = f"{where}: {SECTION}"
-        if not isinstance(data, Mapping):
-            raise UsageError(
-                f"{prefix}: expected an object, found {type(data).__name__}; convert the checkpoint "
-                "with: trt-razor build --backend tensorrt-llm --razor --convert-only"
-            )
-        if data.get("version") != SECTION_VERSION:
-            raise UsageError(
-                f"{prefix}.version: expected {SECTION_VERSION}, found {data.get('version')!r:.20}; "
-                "convert the checkpoint again"
-            )
-        for name, kind in (("model", str), ("heads", str), ("tp_size", int), ("policy", Mapping)):
-            if not isinstance(data.get(name), kind) or isinstance(data.get(name), bool):
-                raise UsageError(
-                    f"{prefix}.{name}: expected {kind.__name__}, found {data.get(name)!r:.40}"
-                )
-        counts = data.get("num_retrieval")
-        if not isinstance(counts, list) or not all(type(r) is int and r >= 0 for r in counts):
-            raise UsageError(
-                f"{prefix}.num_retrieval: expected a list of counts, found {counts!r:.40}"
-            )
-        policy = RazorPolicy.from_json(data["policy"], f"{prefix}.policy")
-        return cls(data["model"], data["heads"], data["tp_size"], tuple(counts), policy)
-
-
-def razor_section(
-    spec: ModelSpec, head_map: HeadMap, layout: RankLayout, policy: RazorPolicy
-) -> RazorSection:
-    """The section for a checkpoint with ``layout``, made of the equalised ``head_map``."""
-    return RazorSection(
-        spec.fingerprint(), head_map.digest(), layout.tp_size, layout.num_retrieval, policy
-    )
 
 
 @dataclass(frozen=True)
@@ -409,91 +331,6 @@ def plan_engine(
     )
 
 
-def check_engine(
-    spec: ModelSpec,
-    max_seq_len: int,
-    dtype: str,
-    options: TrtLlmOptions,
-    release: Release,
-    razor: bool,
-    prefill_chunk: int = 0,
-) -> None:
-    """Refuse what does not depend on the heads, for Razor and for dense engines.
-
-    Args:
-        prefill_chunk: 0 = prompts are read in one go.
-
-    Raises:
-        UsageError: naming the option, the reason and the way out.
-    """
-    check_seq_len(spec, max_seq_len)
-    check_ranks(spec, options.tp_size, razor)
-    if dtype not in DTYPES:
-        raise UsageError(
-            f"dtype: expected {' or '.join(DTYPES)} for --backend tensorrt-llm, found {dtype}"
-        )
-    if options.kv_dtype not in KV_DTYPES:
-        raise UsageError(
-            f"kv_dtype: expected {' or '.join(KV_DTYPES)}, found {options.kv_dtype!r:.20}"
-        )
-    block = options.tokens_per_block
-    if not 8 <= block <= 1024 or block & (block - 1):
-        raise UsageError(f"tokens_per_block: expected a power of two in 8..1024, found {block}")
-    if options.max_num_tokens is not None and options.max_num_tokens < 1:
-        raise UsageError(f"max_num_tokens: expected >= 1, found {options.max_num_tokens}")
-    if spec.rope.scaling == "yarn":
-        raise UsageError(
-            f"{spec.name}: rope scaling 'yarn': TensorRT-LLM's attention layers make no YaRN tables for "
-            "this architecture; use --backend tensorrt or onnxruntime, or a config.json without it and "
-            "a shorter --max-seq-len"
-        )
-    _check_pipeline(spec, options)
-    if prefill_chunk and options.fp8:
-        raise UsageError(
-            "prefill_chunk: prompts cannot be read in chunks with an FP8 cache and unquantised weights "
-            "(TensorRT-LLM then has no paged context attention); use --prefill-chunk 0"
-        )
-    if not razor:
-        return
-    if spec.head_dim not in HEAD_DIMS:
-        raise UsageError(
-            f"{spec.name}: head_dim: the plugin has kernels for {', '.join(map(str, HEAD_DIMS))}, found "
-            f"{spec.head_dim}; build with --backend onnxruntime"
-        )
-    cache = options.local_cache or release.default_cache
-    if cache not in release.local_caches:
-        raise UsageError(
-            f"local_cache: TensorRT-LLM {release.version} has no cyclic cache with sinks any more; "
-            "leave --local-cache out, or use 1.0"
-        )
-    if cache is LocalCache.SLOTS:
-        if options.pp_size > 1:
-            raise UsageError(
-                f"pp_size: {options.pp_size} with local heads in state slots: TensorRT-LLM's runtime "
-                "finds the slots of one pipeline stage only; use --tp-size, or TensorRT-LLM 1.0"
-            )
-        if prefill_chunk:
-            raise UsageError(
-                f"prefill_chunk: {prefill_chunk} with local heads in state slots: TensorRT-LLM reads "
-                "the prompts of hybrid models in one go; use --prefill-chunk 0, or TensorRT-LLM 1.0"
-            )
-
-
-def _check_pipeline(spec: ModelSpec, options: TrtLlmOptions) -> None:
-    pp = options.pp_size
-    if pp < 1:
-        raise UsageError(f"pp_size: expected >= 1, found {pp}")
-    if spec.num_layers % pp:
-        raise UsageError(
-            f"pp_size: expected a divisor of the {spec.num_layers} layers of '{spec.name}', found {pp}: "
-            "a stage would end between the two cache layers of a layer"
-        )
-    if pp > 1 and spec.architecture == "baichuan":
-        raise UsageError(
-            f"pp_size: {pp}: TensorRT-LLM's Baichuan has no pipeline parallelism; use --tp-size"
-        )
-
-
 def _check_section(spec: ModelSpec, section: RazorSection, options: TrtLlmOptions) -> None:
     heads = spec.num_kv_heads // options.tp_size
     if section.model != spec.fingerprint():
@@ -562,84 +399,3 @@ def shortest_cycle(values: Sequence[int]) -> list[int]:
         if len(values) % size == 0 and list(values) == list(values[:size]) * (len(values) // size):
             return list(values[:size])
     return []
-
-
-@dataclass(frozen=True)
-class BuildArguments:
-    """What TensorRT-LLM's builder is told, apart from the network.
-
-    Attributes:
-        max_input_len: longest prompt. max_num_tokens: of one step, all requests together.
-        chunked: prompts may be read in chunks (needs paged context attention).
-    """
-
-    max_batch_size: int
-    max_input_len: int
-    max_seq_len: int
-    max_num_tokens: int
-    tokens_per_block: int
-    chunked: bool
-    gather_context_logits: bool
-
-    def build_config(self) -> dict[str, Any]:
-        """Keyword arguments of ``BuildConfig``."""
-        return {
-            "max_batch_size": self.max_batch_size,
-            "max_input_len": self.max_input_len,
-            "max_seq_len": self.max_seq_len,
-            "max_num_tokens": self.max_num_tokens,
-            "max_beam_width": 1,
-            "gather_context_logits": self.gather_context_logits,
-        }
-
-    def plugin_config(self) -> dict[str, Any]:
-        """Attributes to set on ``PluginConfig``.
-
-        Paged context attention is what reuse of cached prompts hangs on, and Razor caches cannot be
-        reused: a prefix would bring its full rows but not its compressed ones.
-        """
-        return {
-            "gpt_attention_plugin": "auto",
-            "gemm_plugin": "auto",
-            "remove_input_padding": True,
-            "context_fmha": True,
-            "use_paged_context_fmha": self.chunked,
-            "use_fp8_context_fmha": False,
-            "tokens_per_block": self.tokens_per_block,
-            "reduce_fusion": False,
-            "user_buffer": False,
-            "norm_quant_fusion": False,
-            "streamingllm": False,
-            "multiple_profiles": False,
-        }
-
-
-def build_arguments(
-    max_seq_len: int, max_batch_size: int, options: TrtLlmOptions, prefill_chunk: int
-) -> BuildArguments:
-    """Sizes of an engine. Without chunks a step must take the longest prompt whole.
-
-    Raises:
-        UsageError: ``max_num_tokens`` below what a step needs.
-    """
-    chunk = prefill_chunk if 0 < prefill_chunk < max_seq_len else 0
-    needed = chunk or max_seq_len
-    tokens = options.max_num_tokens or max(needed, max_batch_size)
-    if tokens < max_batch_size:
-        raise UsageError(
-            f"max_num_tokens: expected at least max_batch_size = {max_batch_size}, one token of every "
-            f"sequence, found {tokens}"
-        )
-    if chunk and tokens < options.tokens_per_block:
-        raise UsageError(
-            f"max_num_tokens: expected at least a block of {options.tokens_per_block} tokens, found {tokens}"
-        )
-    return BuildArguments(
-        max_batch_size=max_batch_size,
-        max_input_len=max_seq_len - 1 if chunk else min(max_seq_len - 1, tokens),
-        max_seq_len=max_seq_len,
-        max_num_tokens=tokens,
-        tokens_per_block=options.tokens_per_block,
-        chunked=bool(chunk),
-        gather_context_logits=options.gather_logits,
-    )

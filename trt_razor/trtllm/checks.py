@@ -1,0 +1,96 @@
+"""What TensorRT-LLM, its cache manager or our plugin cannot do, refused before anything long starts."""
+
+from __future__ import annotations
+
+from trt_razor.errors import UsageError
+from trt_razor.kernels.layer import DTYPES, HEAD_DIMS
+from trt_razor.models.spec import ModelSpec
+from trt_razor.planner import check_seq_len
+from trt_razor.trtllm.options import KV_DTYPES, TrtLlmOptions
+from trt_razor.trtllm.ranks import check_ranks
+from trt_razor.trtllm.release import LocalCache, Release
+
+
+def check_engine(
+    spec: ModelSpec,
+    max_seq_len: int,
+    dtype: str,
+    options: TrtLlmOptions,
+    release: Release,
+    razor: bool,
+    prefill_chunk: int = 0,
+) -> None:
+    """Refuse what does not depend on the heads, for Razor and for dense engines.
+
+    Args:
+        prefill_chunk: 0 = prompts are read in one go.
+
+    Raises:
+        UsageError: naming the option, the reason and the way out.
+    """
+    check_seq_len(spec, max_seq_len)
+    check_ranks(spec, options.tp_size, razor)
+    if dtype not in DTYPES:
+        raise UsageError(
+            f"dtype: expected {' or '.join(DTYPES)} for --backend tensorrt-llm, found {dtype}"
+        )
+    if options.kv_dtype not in KV_DTYPES:
+        raise UsageError(
+            f"kv_dtype: expected {' or '.join(KV_DTYPES)}, found {options.kv_dtype!r:.20}"
+        )
+    block = options.tokens_per_block
+    if not 8 <= block <= 1024 or block & (block - 1):
+        raise UsageError(f"tokens_per_block: expected a power of two in 8..1024, found {block}")
+    if options.max_num_tokens is not None and options.max_num_tokens < 1:
+        raise UsageError(f"max_num_tokens: expected >= 1, found {options.max_num_tokens}")
+    if spec.rope.scaling == "yarn":
+        raise UsageError(
+            f"{spec.name}: rope scaling 'yarn': TensorRT-LLM's attention layers make no YaRN tables for "
+            "this architecture; use --backend tensorrt or onnxruntime, or a config.json without it and "
+            "a shorter --max-seq-len"
+        )
+    _check_pipeline(spec, options)
+    if prefill_chunk and options.fp8:
+        raise UsageError(
+            "prefill_chunk: prompts cannot be read in chunks with an FP8 cache and unquantised weights "
+            "(TensorRT-LLM then has no paged context attention); use --prefill-chunk 0"
+        )
+    if not razor:
+        return
+    if spec.head_dim not in HEAD_DIMS:
+        raise UsageError(
+            f"{spec.name}: head_dim: the plugin has kernels for {', '.join(map(str, HEAD_DIMS))}, found "
+            f"{spec.head_dim}; build with --backend onnxruntime"
+        )
+    cache = options.local_cache or release.default_cache
+    if cache not in release.local_caches:
+        raise UsageError(
+            f"local_cache: TensorRT-LLM {release.version} has no cyclic cache with sinks any more; "
+            "leave --local-cache out, or use 1.0"
+        )
+    if cache is LocalCache.SLOTS:
+        if options.pp_size > 1:
+            raise UsageError(
+                f"pp_size: {options.pp_size} with local heads in state slots: TensorRT-LLM's runtime "
+                "finds the slots of one pipeline stage only; use --tp-size, or TensorRT-LLM 1.0"
+            )
+        if prefill_chunk:
+            raise UsageError(
+                f"prefill_chunk: {prefill_chunk} with local heads in state slots: TensorRT-LLM reads "
+                "the prompts of hybrid models in one go; use --prefill-chunk 0, or TensorRT-LLM 1.0"
+            )
+
+
+def _check_pipeline(spec: ModelSpec, options: TrtLlmOptions) -> None:
+    pp = options.pp_size
+    if pp < 1:
+        raise UsageError(f"pp_size: expected >= 1, found {pp}")
+    if spec.num_layers % pp:
+        raise UsageError(
+            f"pp_size: expected a divisor of the {spec.num_layers} layers of '{spec.name}', found {pp}: "
+            "a stage would end between the two cache layers of a layer"
+        )
+    if pp > 1 and spec.architecture == "baichuan":
+        raise UsageError(
+            f"pp_size: {pp}: TensorRT-LLM's Baichuan has no pipeline parallelism; use --tp-size"
+        )
