@@ -64,7 +64,7 @@ def refused(request: BuildRequest, words: str, code: int = 2) -> None:
     ({"random_weights": True}, "--random-weights and --checkpoint exclude each other"),
     ({"model": "llama3-8b"}, "not the model llama3-8b: num_layers: expected 32, found 2"),
     ({"backend": "tensorrtx"}, "backend 'tensorrtx': unknown; did you mean tensorrt"),
-    ({"backend": "tensorrt-llm"}, "not part of this version"),
+    ({"backend": "tensorrt-llm"}, "tensorrt_llm: not installed; engines are built inside an NGC image"),
     ({"dtype": "int8"}, "dtype: expected float32"),
     ({"dtype": "bfloat16"}, "no bfloat16 matrix product"),
     ({"max_seq_len": 129}, r"max_seq_len: expected at most 128, the positions of 'tiny-llama'"),

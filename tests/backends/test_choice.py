@@ -43,7 +43,7 @@ def test_auto_prefers_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("tensorrt-llm", "not part of this version"), ("onnxruntim", "did you mean onnxruntime")],
+    [("tensorrt-lmm", "did you mean tensorrt-llm"), ("onnxruntim", "did you mean onnxruntime")],
 )
 def test_backends_that_are_not_there(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

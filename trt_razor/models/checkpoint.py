@@ -220,7 +220,7 @@ def _open_folder(folder: Path, entry: ZooEntry | None) -> Checkpoint:
     name = entry.name if entry else folder.resolve().name
     spec = spec_from_hf_config(config, name, str(folder / "config.json"))
     if entry is not None:
-        _check_is(spec, entry, folder)
+        check_is(spec, entry, folder)
     weights = SafetensorsWeights(folder, spec)
     return Checkpoint(spec, str(folder), weights, lambda: Tokenizer.find(folder))
 
@@ -232,11 +232,11 @@ def _open_gguf(path: Path, entry: ZooEntry | None) -> Checkpoint:
     if entry is not None:
         if spec.architecture == "llama" and zoo_spec(entry.name).architecture == "mistral":
             spec = replace(spec, architecture="mistral")  # GGUF has one name for both
-        _check_is(spec, entry, path)
+        check_is(spec, entry, path)
     return Checkpoint(spec, str(path), GgufWeights(file, spec), lambda: tokenizer_from_gguf(file))
 
 
-def _check_is(spec: ModelSpec, entry: ZooEntry, path: Path) -> None:
+def check_is(spec: ModelSpec, entry: ZooEntry, path: Path) -> None:
     """Raises UsageError naming the first difference that matters to a head map or an engine."""
     expected = zoo_spec(entry.name)
     if spec.fingerprint() == expected.fingerprint():

@@ -108,7 +108,7 @@ def _unit_rows(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _index(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder by its stored name."""
     if (folder / SINGLE).exists():
-        return _header(folder / SINGLE)
+        return read_header(folder / SINGLE)
     if not (folder / INDEX).exists():
         raise _nothing_to_read(folder)
     index = folder / INDEX
@@ -125,7 +125,7 @@ def _index(folder: Path) -> dict[str, StoredTensor]:
                 f"found {repr(file)[:80]}"
             )
         if file not in headers:
-            headers[file] = _header(folder / file)
+            headers[file] = read_header(folder / file)
         if name not in headers[file]:
             raise RazorError(
                 f"{folder / file}: tensor {name} is missing, but {INDEX} places it there"
@@ -138,8 +138,12 @@ def _is_plain_name(file: str) -> bool:
     return file.endswith(".safetensors") and not set(file) & set("/\\\0:")
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of one file. The safetensors library checks the header, offsets and file size."""
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of one file. The safetensors library checks the header, offsets and file size.
+
+    Raises:
+        UsageError: no such file. RazorError: a damaged one.
+    """
     try:
         from safetensors import safe_open
     except ImportError:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,308 +17,37 @@ import numpy as np
 import numpy.typing as npt
 
 from trt_razor.backends.base import Progress
-from trt_razor.errors import RazorError, UsageError
+from trt_razor.errors import RazorError
 from trt_razor.files import write_text_atomic
 from trt_razor.models.checkpoint import WeightSource
-from trt_razor.models.spec import (
-    _MAX_HEAD_DIM,
-    _MAX_HEADS,
-    _MAX_LAYERS,
-    _MAX_POSITIONS,
-    _MAX_VOCAB,
-    _MAX_WIDTH,
-    ModelSpec,
-    RopeSpec,
-    _Fields,
-)
+from trt_razor.models.spec import ModelSpec
 from trt_razor.models.stored import numpy_dtype
 from trt_razor.sharding import ceil_div, stages
-from trt_razor.trtllm.engine_config import SECTION, RazorSection, TrtLlmOptions
+from trt_razor.trtllm.model_config import spec_from_trtllm_config, trtllm_config
+from trt_razor.trtllm.options import RazorSection, TrtLlmOptions
 from trt_razor.trtllm.permute import PermutedCheckpoint, permuted_slopes
 from trt_razor.trtllm.rank_files import RankFile, rank_path
-from trt_razor.trtllm.ranks import RankLayout, query_heads
+from trt_razor.trtllm.ranks import RankLayout
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Part",
+    "convert_checkpoint",
+    "destinations",
+    "rank_part",
+    "spec_from_trtllm_config",
+    "trtllm_config",
+    "trtllm_name",
+]
 
 Array = npt.NDArray[Any]
 
 CONFIG = "config.json"
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "baichuan": "BaichuanForCausalLM",
-}
-_ARCHITECTURES = {
-    **{name: architecture for architecture, name in _CLASSES.items()},
-    "BaiChuanForCausalLM": "baichuan",
-}
-_QWEN = ("qwen2", "qwen3")
-_POSITIONS = {"rope": "rope_gpt_neox", "alibi": "alibi"}
-# Fields that change what a model computes, with the only value that ours have.
-_FIXED: dict[str, Any] = {
-    "use_parallel_embedding": False,
-    "remove_duplicated_kv_heads": False,
-    "is_pruned": False,
-    "use_logn_attn": False,
-    "rotary_pct": 1.0,
-    "residual_mlp": False,
-    "fc_after_embed": False,
-    "use_input_layernorm_in_first_layer": True,
-    "use_last_layernorm": True,
-    "layer_idx_offset": 0,
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "output_multiplier_scale": 1.0,
-    "clip_qkv": None,
-}
 _CHUNK = 16 << 20
 """Elements converted at a time: bounds the float32 copy."""
 
 
-# config.json ------------------------------------------------------------------------------------
-def trtllm_config(
-    spec: ModelSpec, dtype: str, options: TrtLlmOptions, section: RazorSection | None
-) -> dict[str, Any]:
-    """``config.json`` of a TensorRT-LLM checkpoint, the same for all ranks.
-
-    ``mapping`` and ``quantization`` hold no field that one of the releases does not know; an unknown
-    one there is an error, at the top level it is kept.
-
-    Args:
-        dtype: of the weights. section: None = a dense engine.
-
-    Raises:
-        UsageError: the model has something that TensorRT-LLM's class of it has not, or an MLP that
-            cannot be shared out to the ranks.
-    """
-    if spec.intermediate_size % options.tp_size:
-        raise UsageError(
-            f"tp_size: expected a divisor of '{spec.name}''s intermediate size {spec.intermediate_size}, "
-            f"found {options.tp_size}"
-        )
-    config: dict[str, Any] = {
-        "architecture": _CLASSES[spec.architecture],
-        "dtype": dtype,
-        "logits_dtype": "float32",
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "hidden_size": spec.hidden_size,
-        "head_size": spec.head_dim,
-        "intermediate_size": spec.intermediate_size,
-        "vocab_size": spec.vocab_size,
-        "hidden_act": "silu",
-        "norm_epsilon": spec.rms_norm_eps,
-        "position_embedding_type": _POSITIONS[spec.position],
-        "max_position_embeddings": spec.max_positions,
-        "rotary_embedding_dim": spec.head_dim,
-        # Not for Qwen3 either, whose QK-norm the model class decides.
-        "qk_layernorm": False,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "use_parallel_embedding": False,
-        "embedding_sharding_dim": 0,
-        "mapping": {
-            "world_size": options.world_size,
-            "tp_size": options.tp_size,
-            "pp_size": options.pp_size,
-        },
-        "quantization": {
-            "quant_algo": None,
-            "kv_cache_quant_algo": "FP8" if options.fp8 else None,
-        },
-    }
-    if spec.architecture == "baichuan":
-        size = "13b" if spec.position == "alibi" else "7b"
-        config["model_version"] = f"v{2 if spec.norm_head else 1}_{size}"
-    else:
-        config |= {
-            "rotary_base": spec.rope.theta,
-            "rotary_scaling": _rotary_scaling(spec.rope),
-            "attn_bias": spec.qkv_bias,
-            "mlp_bias": spec.mlp_bias,
-        }
-    if spec.architecture in _QWEN:
-        config |= {
-            "qwen_type": spec.architecture,
-            "seq_length": 8192,  # of logn scaling, which none of these models uses
-            "moe_intermediate_size": 0,
-            "moe_shared_expert_intermediate_size": 0,
-        }
-    _check_expressible(spec, config)
-    if section is not None:
-        config[SECTION] = section.to_json()
-    return config
-
-
-def _rotary_scaling(rope: RopeSpec) -> dict[str, Any] | None:
-    """As in Hugging Face's config, from which TensorRT-LLM's converter copies it."""
-    if rope.scaling == "none":
-        return None
-    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return scaling
-
-
-def _check_expressible(spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """The config must say all that decides what the model computes: it is read back."""
-    back = spec_from_trtllm_config(config, spec.name, spec.name)
-    if back.fingerprint() == spec.fingerprint():
-        return
-    mine, found = asdict(spec), asdict(back)
-    name = next(n for n in mine if n not in _NOT_IN_CONFIG and mine[n] != found[n])
-    raise UsageError(
-        f"{spec.name}: {name} = {mine[name]!r:.80}: TensorRT-LLM's {config['architecture']} has no "
-        "such thing; use --backend tensorrt or onnxruntime"
-    )
-
-
-_NOT_IN_CONFIG = ("name", "bos_token_id", "eos_token_ids", "torch_dtype", "max_positions")
-
-
-def spec_from_trtllm_config(config: Mapping[str, Any], name: str, where: str) -> ModelSpec:
-    """ModelSpec from ``config.json`` of a TensorRT-LLM checkpoint, whoever converted it.
-
-    Quantisation and the mapping to ranks are not looked at. ``tie_word_embeddings`` counts as false
-    where it is missing (Model Optimizer does not write it). Special tokens are not in the file.
-
-    Args:
-        config: parsed JSON, untrusted. where: the file, for messages.
-
-    Raises:
-        UsageError: an architecture that is not supported, a missing or impossible field, or one
-            that changes what the model computes in a way we do not know.
-    """
-    if not isinstance(config, Mapping):
-        raise UsageError(f"{where}: expected a JSON object, found {type(config).__name__}")
-    c = _Fields(config, where)
-    architecture = _architecture(c)
-    _check_fixed(c, architecture)
-    num_heads = c.integer("num_attention_heads", 1, _MAX_HEADS)
-    num_kv_heads = num_heads
-    if c.get("num_key_value_heads") is not None:
-        num_kv_heads = c.integer("num_key_value_heads", 1, _MAX_HEADS)
-    if num_heads % num_kv_heads:
-        c.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
-    hidden_size = c.integer("hidden_size", 1, _MAX_WIDTH)
-    if c.get("head_size") is None and hidden_size % num_heads:
-        c.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}", hidden_size)
-    head_dim = hidden_size // num_heads
-    if c.get("head_size") is not None:
-        head_dim = c.integer("head_size", 2, _MAX_HEAD_DIM)
-    if head_dim % 2:
-        c.fail("head_size", f"an even number 2..{_MAX_HEAD_DIM}", head_dim)
-    baichuan = architecture == "baichuan"
-    if baichuan and (num_kv_heads != num_heads or head_dim * num_heads != hidden_size):
-        c.fail(
-            "num_key_value_heads" if num_kv_heads != num_heads else "head_size",
-            f"{num_heads} heads of {hidden_size / num_heads:g} elements (Baichuan)",
-            num_kv_heads if num_kv_heads != num_heads else head_dim,
-        )
-    vocab_size = c.integer("vocab_size", 2, _MAX_VOCAB)
-    position = c.get("position_embedding_type", _POSITIONS["rope"])
-    if position != _POSITIONS["rope"] and (position, baichuan) != (_POSITIONS["alibi"], True):
-        c.fail("position_embedding_type", _POSITIONS["rope"], position)
-    alibi = position == _POSITIONS["alibi"]
-    if not alibi and c.get("rotary_embedding_dim") not in (None, head_dim):
-        c.fail("rotary_embedding_dim", f"{head_dim} (all of a head is rotated)", position)
-    dtype = c.get("dtype")
-    if dtype not in ("float16", "bfloat16", "float32"):
-        c.fail("dtype", "float16, bfloat16 or float32", dtype)
-    bias = not baichuan and c.boolean("attn_bias", architecture == "qwen2")
-    return ModelSpec(
-        name=name,
-        architecture=architecture,
-        num_layers=c.integer("num_hidden_layers", 1, _MAX_LAYERS),
-        hidden_size=hidden_size,
-        intermediate_size=c.integer("intermediate_size", 1, _MAX_WIDTH),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab_size,
-        max_positions=c.integer("max_position_embeddings", 1, _MAX_POSITIONS),
-        rms_norm_eps=c.number("norm_epsilon", 1e-12, 1e-1, 1e-5),
-        position="alibi" if alibi else "rope",
-        rope=RopeSpec() if baichuan else _rope(c),  # Baichuan's class knows no other base
-        qkv_bias=bias,
-        o_bias=bias and architecture not in _QWEN,
-        mlp_bias=not baichuan and c.boolean("mlp_bias", False),
-        qk_norm=architecture == "qwen3",
-        tie_embeddings=c.boolean("tie_word_embeddings", False),
-        norm_head=baichuan and _norm_head(c, vocab_size),
-        torch_dtype=dtype,
-    )
-
-
-def _architecture(c: _Fields) -> str:
-    found = c.get("architecture")
-    if not isinstance(found, str) or found not in _ARCHITECTURES:
-        c.fail("architecture", f"one of {', '.join(_ARCHITECTURES)}", found)
-    architecture = _ARCHITECTURES[found]
-    if architecture in _QWEN and c.get("qwen_type", architecture) != architecture:
-        c.fail("qwen_type", repr(architecture), c.get("qwen_type"))
-    return architecture
-
-
-def _check_fixed(c: _Fields, architecture: str) -> None:
-    for name, value in _FIXED.items():
-        if c.get(name) is not None and c.get(name) != value:
-            c.fail(name, json.dumps(value), c.get(name))
-    if architecture != "qwen3" and c.get("qk_layernorm"):
-        c.fail("qk_layernorm", "false", c.get("qk_layernorm"))
-    if c.get("hidden_act", "silu") != "silu":
-        c.fail("hidden_act", "'silu'", c.get("hidden_act"))
-    moe = c.get("moe")
-    experts = moe.get("num_experts") if isinstance(moe, Mapping) else moe
-    if experts or c.get("moe_num_experts"):
-        c.fail("moe", "a dense model (no mixture of experts)", moe or c.get("moe_num_experts"))
-
-
-def _rope(c: _Fields) -> RopeSpec:
-    theta = c.number("rotary_base", 2.0, 1e15, 10000.0)
-    raw = c.get("rotary_scaling")
-    if raw is None:
-        return RopeSpec(theta)
-    if not isinstance(raw, Mapping):
-        c.fail("rotary_scaling", "an object or null", raw)
-    s = _Fields(raw, c.where, "rotary_scaling.")
-    kind = s.get("type", s.get("rope_type"))
-    if kind in (None, "default", "none"):
-        return RopeSpec(theta)
-    if kind == "linear":
-        return RopeSpec(theta, kind, s.number("factor", 1.0, 1e6))
-    if kind != "llama3":
-        s.fail("rope_type", "linear or llama3", kind)
-    low = s.number("low_freq_factor", 1e-3, 1e6)
-    high = s.number("high_freq_factor", 1e-3, 1e6)
-    if not low < high:
-        s.fail("high_freq_factor", f"more than low_freq_factor={low:g}", high)
-    return RopeSpec(
-        theta,
-        kind,
-        s.number("factor", 1.0, 1e6),
-        s.integer("original_max_position_embeddings", 1, _MAX_POSITIONS),
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
-
-
-def _norm_head(c: _Fields, vocab_size: int) -> bool:
-    """Baichuan 2 has an lm_head with rows of length 1 (they are, in the rank files)."""
-    version = c.get("model_version")
-    if version is None and vocab_size in (64000, 125696):
-        return vocab_size == 125696
-    if not isinstance(version, str) or version[:3] not in ("v1_", "v2_"):
-        c.fail("model_version", "'v1_7b', 'v1_13b', 'v2_7b' or 'v2_13b'", version)
-    return version.startswith("v2_")
-
-
-# Weights ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Part:
     """What a rank has of a weight of the model.
@@ -352,6 +80,7 @@ _LAYER_NAMES = {
     "mlp.down_proj": "mlp.proj",
 }
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def trtllm_name(name: str, first_layer: int = 0) -> str:
@@ -367,15 +96,180 @@ def trtllm_name(name: str, first_layer: int = 0) -> str:
     return f"transformer.layers.{int(layer) - first_layer}.{_LAYER_NAMES[module]}.{kind}"
 
 
-def rank_part(spec: ModelSpec, source: str, target: str, tp_size: int, tp_rank: int) -> Part:
+def destinations(spec: ModelSpec, source: str, pp_size: int) -> list[tuple[int, str]]:
+    """(pipeline stage, TensorRT-LLM name) of a weight. A tied embedding has two: it is written twice."""
+    last = pp_size - 1
+    if source == "model.embed_tokens.weight":
+        tied = [(last, HEAD)] if spec.tie_embeddings else []
+        return [(0, trtllm_name(source)), *tied]
+    if not source.startswith("model.layers."):
+        return [(last, trtllm_name(source))]
+    layer = int(source.split(".")[2])
+    for stage, (first, end) in enumerate(stages(spec.num_layers, pp_size)):
+        if first <= layer < end:
+            return [(stage, trtllm_name(source, first))]
+    raise RazorError(f"{source}: expected a layer below {spec.num_layers}")
+
+
+def rank_part(
+    spec: ModelSpec, source: str, shape: tuple[int, ...], target: str, tp_size: int, tp_rank: int
+) -> Part:
     """How a weight is split over tensor-parallel ranks.
 
-    Columns of the projections that end a block, rows of all others; norms, the input embedding and
-    biases added after the sum over ranks are whole on every rank. With fewer KV heads than ranks,
-    neighbouring ranks hold the same one.
+    Columns of the two projections that write to the residual stream, rows of the other ones; the
+    rest is whole on every rank: norms, the input embedding, and biases that are added after the sum
+    over ranks. With fewer KV heads than ranks, neighbouring ranks hold the same one.
 
     Args:
-        source: Hugging Face name. target: TensorRT-LLM name of the tensor it becomes (part of).
+        source: Hugging Face name. shape: of the weight.
+        target: TensorRT-LLM name of the tensor that it becomes, or becomes a part of.
     """
-    shape = spec.tensors_shape(source) if hasattr(spec, "tensors_shape") else spec.tensors()[source]
-    raise NotImplementedError
+    projection = source.split(".")[-2]
+    if target == HEAD:  # as many rows on every rank; the last ones are filled up
+        size = ceil_div(shape[0], tp_size)
+        first = min(tp_rank * size, shape[0])
+        return Part(target, (size, *shape[1:]), 0, (first, min(first + size, shape[0])))
+    if projection in _QKV:
+        query, kv = spec.num_heads // tp_size, max(1, spec.num_kv_heads // tp_size)
+        counts, which = (query, kv, kv), _QKV.index(projection)
+        first = tp_rank * query if which == 0 else tp_rank * spec.num_kv_heads // tp_size
+        rows = first * spec.head_dim, (first + counts[which]) * spec.head_dim
+        whole = sum(counts) * spec.head_dim, *shape[1:]
+        return Part(target, whole, sum(counts[:which]) * spec.head_dim, rows)
+    if projection in ("gate_proj", "up_proj"):
+        size = shape[0] // tp_size
+        return Part(target, (size, *shape[1:]), 0, (tp_rank * size, (tp_rank + 1) * size))
+    if projection in ("o_proj", "down_proj") and len(shape) == 2:
+        size = shape[1] // tp_size
+        columns = tp_rank * size, (tp_rank + 1) * size
+        return Part(target, (shape[0], size), 0, (0, shape[0]), columns)
+    return Part(target, shape, 0, (0, shape[0]))
+
+
+def convert_checkpoint(
+    checkpoint: WeightSource,
+    layout: RankLayout,
+    dtype: str,
+    options: TrtLlmOptions,
+    section: RazorSection | None,
+    directory: Path,
+    progress: Progress,
+) -> None:
+    """Write ``rank{pp_rank * tp_size + tp_rank}.safetensors`` and, when all are whole, ``config.json``.
+
+    Every weight is read once and held alone. An FP8 cache gets scales of 1; a Razor checkpoint with
+    ALiBi the slopes of its heads, which TensorRT-LLM loads in place of those it computes.
+
+    Args:
+        layout: of the heads; ``ranks.dense_layout`` leaves them where they are.
+        dtype: float16 or bfloat16.
+        section: None = a dense engine.
+        directory: an existing folder; what is left in it after an error is of no use.
+        progress: stage ``convert`` in parameters of the model.
+
+    Raises:
+        UsageError: see ``trtllm_config``.
+        RazorError: a weight that float16 cannot hold, or a layout of another model or other ranks.
+    """
+    spec, tp_size = checkpoint.spec, options.tp_size
+    config = trtllm_config(spec, dtype, options, section)
+    if layout.tp_size != tp_size:
+        raise RazorError(f"head layout: expected {tp_size} ranks, found {layout.tp_size}")
+    source = PermutedCheckpoint(checkpoint, layout)
+    with ExitStack() as stack:
+        files = []
+        for rank in range(options.world_size):
+            pp_rank, tp_rank = divmod(rank, tp_size)
+            extra = _extra_tensors(spec, layout, options, section is not None, pp_rank, tp_rank)
+            tensors = _rank_tensors(spec, dtype, options, pp_rank, tp_rank)
+            tensors |= {name: (value.dtype.name, value.shape) for name, value in extra.items()}
+            file = stack.enter_context(RankFile(rank_path(directory, rank), tensors))
+            for name, value in extra.items():
+                file.add(name, value)
+            files.append(file)
+        done, total = 0, spec.num_parameters()
+        for name, shape in spec.tensors().items():
+            value = source.tensor(name)
+            for stage, target in destinations(spec, name, options.pp_size):
+                here = files[stage * tp_size : (stage + 1) * tp_size]
+                _share_out(spec, name, value, target, dtype, here)
+            del value
+            done += math.prod(shape)
+            progress("convert", done, total)
+    write_text_atomic(directory / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def _rank_tensors(
+    spec: ModelSpec, dtype: str, options: TrtLlmOptions, pp_rank: int, tp_rank: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of a rank's weights."""
+    parts = [
+        rank_part(spec, source, shape, target, options.tp_size, tp_rank)
+        for source, shape in spec.tensors().items()
+        for stage, target in destinations(spec, source, options.pp_size)
+        if stage == pp_rank
+    ]
+    return {part.name: (dtype, part.shape) for part in parts}
+
+
+def _extra_tensors(
+    spec: ModelSpec,
+    layout: RankLayout,
+    options: TrtLlmOptions,
+    razor: bool,
+    pp_rank: int,
+    tp_rank: int,
+) -> dict[str, Array]:
+    """A rank's float32 tensors that are no weights of the model."""
+    out: dict[str, Array] = {}
+    first, end = stages(spec.num_layers, options.pp_size)[pp_rank]
+    heads = spec.num_heads // options.tp_size
+    for layer in range(first, end):
+        prefix = f"transformer.layers.{layer - first}.attention."
+        if options.fp8:
+            out[prefix + "kv_cache_scaling_factor"] = np.ones(1, np.float32)
+        if razor and spec.position == "alibi":
+            slopes = permuted_slopes(spec, layout.order[layer])
+            mine = slopes[tp_rank * heads : (tp_rank + 1) * heads]
+            out[prefix + "alibi_slopes"] = mine.reshape(1, heads, 1, 1)
+    return out
+
+
+def _share_out(
+    spec: ModelSpec, source: str, value: Array, target: str, dtype: str, files: list[RankFile]
+) -> None:
+    """Write a weight to the ranks of a stage; what several of them hold is converted once."""
+    shares: dict[Part, list[RankFile]] = {}
+    for tp_rank, file in enumerate(files):
+        part = rank_part(spec, source, value.shape, target, len(files), tp_rank)
+        shares.setdefault(part, []).append(file)
+    for part, holders in shares.items():
+        first, end = part.rows
+        columns = slice(None) if part.columns is None else slice(*part.columns)
+        step = max(1, _CHUNK // math.prod(value.shape[1:]))
+        for row in range(first, end, step):
+            block = value[row : min(row + step, end)]
+            block = _convert(block[:, columns] if block.ndim == 2 else block, dtype, source)
+            for file in holders:
+                file.add(part.name, block, part.row + row - first)
+        missing = part.shape[0] - (end - first)
+        if target == HEAD and missing:
+            fill = np.zeros((missing, *part.shape[1:]), numpy_dtype(dtype))
+            for file in holders:
+                file.add(part.name, fill, end - first)
+
+
+def _convert(value: Array, dtype: str, name: str) -> Array:
+    """``value`` in ``dtype``. Raises RazorError where float16 (up to 65504) is not enough."""
+    target = numpy_dtype(dtype)
+    if value.dtype == target:
+        return value
+    wide = value.astype(np.float32)
+    with np.errstate(over="ignore"):
+        out = wide.astype(target)
+    if dtype == "float16" and not np.isfinite(out).all():
+        raise RazorError(
+            f"{name}: weights do not fit into float16 (a magnitude of {float(np.abs(wide).max()):.4g}); "
+            "use --dtype bfloat16"
+        )
+    return out

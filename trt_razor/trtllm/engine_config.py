@@ -160,6 +160,19 @@ class RazorPlan:
         heads = sum(layer.num_retrieval + layer.num_local for layer in self.layers)
         return ceil_div(tokens, self.tokens_per_block) * self.block_bytes(heads)
 
+    def describe(self) -> str:
+        """One line for people: where the caches are and what they take."""
+        if self.local_cache is LocalCache.CYCLIC:
+            where = f"local heads in cache layers of their own, window {self.window:,}"
+        else:
+            where = f"local heads in state slots of {self.ring_slot_bytes + self.comp_slot_bytes:,} bytes"
+        n = self.max_seq_len
+        kv, dense = self.sequence_bytes(n), self.dense_bytes(n)
+        return (
+            f"{where}; {self.attention_layers} cache layers for {len(self.layers)} of the model; a "
+            f"sequence of {n:,} tokens takes {kv:,} bytes of a GPU, {kv / dense:.1%} of dense"
+        )
+
     # What TensorRT-LLM is told ----------------------------------------------------------------
     def pretrained_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``pretrained_config`` of the engine's config.json, from that of the checkpoint.

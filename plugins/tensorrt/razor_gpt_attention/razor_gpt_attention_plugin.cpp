@@ -105,6 +105,11 @@ void RazorGptAttentionPlugin::read_local_cache(Settings &s, FieldReader &fields)
                    std::to_string(l.sink_tokens) + " and a block of " + std::to_string(s.tokens_per_block),
                l.comp_tokens);
     }
+    // A short prompt would have its sinks, but not yet the block in which the compensation tokens begin.
+    if (pool && l.comp_tokens > 0 && l.sink_tokens > s.tokens_per_block) {
+        refuse("sink_tokens", "at most tokens_per_block = " + std::to_string(s.tokens_per_block) +
+                                  " with compensation tokens behind them", l.sink_tokens);
+    }
     const int64_t ring_bytes = 2 * static_cast<int64_t>(s.num_local()) * s.local_rows() * l.head_dim * element;
     const int64_t comp_bytes = static_cast<int64_t>(s.num_local()) * l.comp_tokens * (2 * l.head_dim + 2) * 4;
     const auto slot_bytes = [&](const char *name, int64_t needed) {
@@ -172,7 +177,7 @@ void RazorGptAttentionPlugin::check_shapes(const Dims *const *inputs) const {
     }
     expect(Role::kHostRequestTypes, {batch});
     expect(Role::kBlockOffsets, {-1, batch, 2, -1});
-    expect(Role::kHostPoolPointers, {at(Role::kBlockOffsets).d[0], 2});
+    expect(Role::kHostPoolPointers, {-1, 2}); // as many as offsets have when it runs; ranges of a profile may differ
     expect(Role::kHostPoolMapping, {-1, 2});
     expect(Role::kHostContextLengths, {batch});
     if (settings_.fp8 && volume(at(Role::kKvQuantOrig)) > 1) expect(Role::kKvQuantOrig, {1});
@@ -244,6 +249,26 @@ void RazorGptAttentionPlugin::check_cache_settings(const int32_t *windows, int64
     }
 }
 
+// A prefix that the cache manager reuses comes with its rows in the pools, but not with what was compressed from them.
+void RazorGptAttentionPlugin::check_contexts_begin(const trtllm::Requests &requests) const {
+    if (settings_.num_local() == 0 || requests.continued < 0) return;
+    const std::string found = "host_past_key_value_lengths[" + std::to_string(requests.continued) +
+                              "]: expected the tokens of the prompt alone, found " +
+                              std::to_string(requests.begin) + " before them";
+    const char *way_out = "; disable KV cache reuse (enable_block_reuse false) and chunked context, or build with "
+                          "use_paged_context_fmha disabled";
+    if (settings_.local_cache == LocalCache::kStateSlots) {
+        throw Refused(found + ": a reused prefix or a later chunk, whose local heads are in no state slot" + way_out);
+    }
+    // With a bubble the cyclic manager itself reuses nothing, so this is a later chunk. Without one it may be either.
+    if (settings_.layer.full_ring_offset == settings_.layer.sink_tokens) {
+        throw Refused(found + ": with sink_tokens = " + std::to_string(settings_.layer.sink_tokens) +
+                      ", whole blocks of " + std::to_string(settings_.tokens_per_block) +
+                      ", a later chunk cannot be told from a reused prefix, whose ring may have been overwritten" +
+                      way_out + ", or choose other sink_tokens");
+    }
+}
+
 void RazorGptAttentionPlugin::fill_state_slots(razor_call &call, const void *const *inputs) const {
     const razor_layer &l = settings_.layer;
     const auto address = [&](Role role) {
@@ -291,6 +316,7 @@ void RazorGptAttentionPlugin::run(const PluginTensorDesc *descs, const void *con
     const trtllm::Requests requests = trtllm::read_requests(
         static_cast<int32_t>(dims(Role::kSequenceLength).d[0]), dims(Role::kQkv).d[0], ints(Role::kHostRequestTypes),
         ints(Role::kHostPast), ints(Role::kHostContextLengths), layer.max_seq_len);
+    check_contexts_begin(requests);
 
     razor_limits limits = RAZOR_LIMITS_INIT;
     limits.max_batch = requests.batch;
@@ -321,6 +347,7 @@ void RazorGptAttentionPlugin::run(const PluginTensorDesc *descs, const void *con
     const trtllm::PoolInputs pools{static_cast<int32_t>(offsets.d[0]),
                                    static_cast<int32_t>(offsets.d[1]),
                                    static_cast<int32_t>(offsets.d[3]),
+                                   static_cast<int32_t>(dims(Role::kHostPoolPointers).d[0]),
                                    static_cast<int32_t>(dims(Role::kHostPoolMapping).d[0]),
                                    ints(Role::kBlockOffsets),
                                    static_cast<const int64_t *>(inputs[index(Role::kHostPoolPointers)]),

@@ -57,6 +57,7 @@ private:
     int index(trtllm::Role role) const { return settings_.places[static_cast<int>(role)]; }
     razor_layer layer(nvinfer1::DataType type) const;
     void check_cache_settings(const int32_t *windows, int64_t num_windows, int32_t sinks) const;
+    void check_contexts_begin(const trtllm::Requests &requests) const;
     void fill_state_slots(razor_call &call, const void *const *inputs) const;
 
     Settings settings_;

@@ -116,6 +116,10 @@ Requests read_requests(int32_t batch, int64_t tokens, const int32_t *types, cons
                               "; this TensorRT-LLM counts in another way than 1.0 - 1.2");
             }
             before -= chunk;
+            if (before > 0 && out.continued < 0) {
+                out.continued = b;
+                out.begin = before;
+            }
             out.num_contexts = b + 1;
             out.max_chunk = std::max(out.max_chunk, chunk);
             context_tokens += chunk;
@@ -143,6 +147,10 @@ razor_view pool_view(const PoolInputs &in, int32_t row, int32_t heads, int32_t c
         throw Refused("input host_kv_cache_pool_mapping: expected a row " + std::to_string(row) + ", found " +
                       std::to_string(in.cache_layers) + " rows; the engine's config.json must declare the cache " +
                       "layers that the network was built with");
+    }
+    if (in.pointers != in.pools) {
+        throw Refused("input host_kv_cache_pool_pointers: expected " + std::to_string(in.pools) +
+                      " pools, as kv_cache_block_offsets has, found " + std::to_string(in.pointers));
     }
     const int32_t pool = in.mapping[2 * row], layer_in_pool = in.mapping[2 * row + 1];
     if (pool < 0 || pool >= in.pools || layer_in_pool < 0) {

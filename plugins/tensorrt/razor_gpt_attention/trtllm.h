@@ -65,7 +65,9 @@ struct Requests {
     int32_t batch = 0, num_contexts = 0;
     int32_t num_context_tokens = 0; // of all contexts together
     int32_t max_chunk = 1;          // of the contexts
-    int32_t max_past = 0;
+    int32_t max_past = 0; // for a captured graph the host rounds the lengths of generations up
+    int32_t continued = -1; // the first context with tokens before its chunk; -1 = none
+    int32_t begin = 0;      // how many
 };
 
 // Throws Refused when the arrays contradict each other or the layer.
@@ -75,6 +77,7 @@ Requests read_requests(int32_t batch, int64_t tokens, const int32_t *types, cons
 // One class of heads in the pools.
 struct PoolInputs {
     int32_t pools, batch, blocks;   // dimensions of the block offsets
+    int32_t pointers;               // rows of the pool pointers
     int32_t cache_layers;           // rows of the mapping
     const int32_t *block_offsets;   // device
     const int64_t *pool_pointers;   // host

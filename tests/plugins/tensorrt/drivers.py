@@ -8,7 +8,8 @@ reference and every byte of the caches with what they must hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -297,6 +298,69 @@ CYCLIC, STATE = 1, 2
 """Field local_cache."""
 
 
+@dataclass(frozen=True)
+class CallSizes:
+    """Sizes of a call of RazorGptAttention.
+
+    Attributes:
+        pools, blocks: of the block offsets. cache_layers: of the engine.
+    """
+
+    batch: int
+    tokens: int
+    pools: int
+    blocks: int
+    cache_layers: int
+    max_batch: int
+
+
+def gpt_inputs(
+    layer: Layer, design: int, sizes: CallSizes, data: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Inputs of RazorGptAttention by name, in their order; ``data``: addresses."""
+    batch, pools, rows = sizes.batch, sizes.pools, sizes.cache_layers
+    width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+    shapes: list[tuple[str, str, list[int]]] = [
+        ("qkv", dtype_name(layer.dtype), [sizes.tokens, width]),
+        ("sequence_length", "int32", [batch]),
+        ("host_past_key_value_lengths", "int32", [batch]),
+        ("host_max_attention_window_sizes", "int32", [rows]),
+        ("host_sink_token_length", "int32", [1]),
+        ("context_lengths", "int32", [batch]),
+        ("cache_indirection", "int32", [sizes.max_batch, 1, layer.n_max]),
+        ("host_request_types", "int32", [batch]),
+        ("kv_cache_block_offsets", "int32", [pools, batch, 2, sizes.blocks]),
+        ("host_kv_cache_block_offsets", "int32", [pools, batch, 2, sizes.blocks]),
+        ("host_kv_cache_pool_pointers", "int64", [pools, 2]),
+        ("host_kv_cache_pool_mapping", "int32", [rows, 2]),
+    ]
+    if layer.fp8:
+        shapes += [
+            ("kv_orig_quant_scale", "float32", [1]),
+            ("kv_quant_orig_scale", "float32", [1]),
+        ]
+    if layer.position in ("half", "interleaved"):
+        dim = layer.rotary_dim or layer.head_dim
+        shapes += [
+            ("rotary_inv_freq", "float32", [dim // 2]),
+            ("rotary_cos_sin", "float32", [1, layer.n_max * dim]),
+        ]
+    if layer.position == "alibi":
+        shapes.append(("alibi_slopes", "float32", [layer.num_heads]))
+    shapes += [
+        ("host_context_lengths", "int32", [batch]),
+        ("host_runtime_perf_knobs", "int64", [16]),
+        ("host_context_progress", "int64", [1]),
+    ]
+    if design == STATE:
+        shapes += [
+            ("slot_mapping", "int32", [batch]),
+            ("conv_state_ptr", "int64", [1]),
+            ("rnn_state_ptr", "int64", [1]),
+        ]
+    return {name: Tensor(dtype, dims, data.get(name, 0)) for name, dtype, dims in shapes}
+
+
 class GptDriver(Driver):
     """RazorGptAttention: packed calls over the caches of a ``cyclic_store`` or ``state_store``.
 
@@ -306,6 +370,7 @@ class GptDriver(Driver):
 
     name = "RazorGptAttention"
     LAYER = 3  # of the model; its cache layers are 6 and 7 of 10
+    MAX_BATCH = 8  # of the server
 
     def __init__(self, host: Host, layer: Layer, tokens_per_block: int, design: int) -> None:
         assert layer.retrieval == tuple(range(len(layer.retrieval))), "retrieval heads come first"
@@ -325,48 +390,10 @@ class GptDriver(Driver):
     def tensors(
         self, batch: int, tokens: int, blocks: int, data: dict[str, int], pools: int = 2
     ) -> list[Tensor]:
-        layer = self.layer
-        width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
-        shapes: list[tuple[str, str, list[int]]] = [
-            ("qkv", dtype_name(layer.dtype), [tokens, width]),
-            ("sequence_length", "int32", [batch]),
-            ("host_past_key_value_lengths", "int32", [batch]),
-            ("host_max_attention_window_sizes", "int32", [10]),
-            ("host_sink_token_length", "int32", [1]),
-            ("context_lengths", "int32", [batch]),
-            ("cache_indirection", "int32", [batch, 1, layer.n_max]),
-            ("host_request_types", "int32", [batch]),
-            ("kv_cache_block_offsets", "int32", [pools, batch, 2, blocks]),
-            ("host_kv_cache_block_offsets", "int32", [pools, batch, 2, blocks]),
-            ("host_kv_cache_pool_pointers", "int64", [pools, 2]),
-            ("host_kv_cache_pool_mapping", "int32", [10, 2]),
-        ]
-        if layer.fp8:
-            shapes += [
-                ("kv_orig_quant_scale", "float32", [1]),
-                ("kv_quant_orig_scale", "float32", [1]),
-            ]
-        if layer.position in ("half", "interleaved"):
-            dim = layer.rotary_dim or layer.head_dim
-            shapes += [
-                ("rotary_inv_freq", "float32", [dim // 2]),
-                ("rotary_cos_sin", "float32", [1, layer.n_max * dim]),
-            ]
-        if layer.position == "alibi":
-            shapes.append(("alibi_slopes", "float32", [layer.num_heads]))
-        shapes += [
-            ("host_context_lengths", "int32", [batch]),
-            ("host_runtime_perf_knobs", "int64", [16]),
-            ("host_context_progress", "int64", [1]),
-        ]
-        if self.design == STATE:
-            shapes += [
-                ("slot_mapping", "int32", [batch]),
-                ("conv_state_ptr", "int64", [1]),
-                ("rnn_state_ptr", "int64", [1]),
-            ]
-        self.input_names = [name for name, _, _ in shapes]
-        return [Tensor(dtype, dims, data.get(name, 0)) for name, dtype, dims in shapes]
+        sizes = CallSizes(batch, tokens, pools, blocks, cache_layers=10, max_batch=self.MAX_BATCH)
+        inputs = gpt_inputs(self.layer, self.design, sizes, data)
+        self.input_names = list(inputs)
+        return list(inputs.values())
 
     def attention(
         self,
@@ -390,7 +417,7 @@ class GptDriver(Driver):
         chunks = [int(chunk[b]) if chunk is not None and b in contexts else 5 for b in range(batch)]
         totals = total.tolist()
         data: dict[str, int] = {"qkv": qkv.data_ptr()}
-        host = _Arrays(data)
+        host = HostArrays(data)
         host.add("sequence_length", totals, np.int32)
         host.add("context_lengths", chunks, np.int32)
         host.add("host_context_lengths", chunks, np.int32)
@@ -435,7 +462,7 @@ class GptDriver(Driver):
         self.run(inputs, out.data_ptr(), workspace.data_ptr())
 
 
-class _Arrays:
+class HostArrays:
     """Small arrays that live as long as this object; addresses go to ``data``."""
 
     def __init__(self, data: dict[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -66,13 +67,20 @@ def _tokens(*sequences: int) -> Call:
     return Call(generations=[(s, 1) for s in sequences], packed=True, use_total=True, one_each=True)
 
 
-SCHEDULE = [
+PROMPTS = [
     _contexts((0, 31)),
     replace(_contexts((1, 3), (2, 9)), generations=[(0, 1)]),
     *[_tokens(2, 0, 1)] * 12,
+]
+CHUNK = [
     replace(_contexts((1, 14)), generations=[(2, 1), (0, 1)]),  # a prompt in chunks
     *[_tokens(0, 1, 2)] * 3,
 ]
+
+
+def _takes_chunks(design: int, layer: Layer) -> bool:
+    """May a context begin past its sequence's first token?"""
+    return not layer.local or (design == CYCLIC and layer.bubble > 0)
 
 
 def _make(host: Host, name: str) -> tuple[GptDriver, Layer, LayerStore]:
@@ -87,7 +95,8 @@ def _make(host: Host, name: str) -> tuple[GptDriver, Layer, LayerStore]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_call(host: Host, name: str) -> None:
     driver, layer, _ = _make(host, name)
-    check(driver, layer, SCHEDULE, store=lambda: _make(host, name)[2])  # type: ignore[arg-type]
+    chunk = CHUNK if _takes_chunks(driver.design, layer) else [_tokens(0, 1, 2)] * 4
+    check(driver, layer, PROMPTS + chunk, store=lambda: _make(host, name)[2])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["cyclic", "state"])
@@ -191,6 +200,15 @@ def test_every_field_is_checked(
     assert f"field {field}: missing" in host.log()
 
 
+def test_sinks_of_several_blocks_leave_no_place_for_compensation(host: Host) -> None:
+    """A prompt of 3 tokens has the first of the two blocks of 12 sinks; the bubble is in the second."""
+    fields = gpt_fields(cyclic(GROUPED, 8), 8, CYCLIC) | {"sink_tokens": 12, "window": 28}
+    assert host.create("RazorGptAttention", fields | {"comp_tokens": 0}) is not None
+    assert host.create("RazorGptAttention", fields) is None
+    reason = "field sink_tokens: expected at most tokens_per_block = 8 with compensation tokens "
+    assert reason in host.log()
+
+
 def test_unknown_fields_and_other_plans(host: Host) -> None:
     driver, _, _ = _make(host, "state")
     assert host.create("RazorGptAttention", driver.fields | {"beam_width": 1}) is None
@@ -217,7 +235,7 @@ SHAPES = [
     ),
     ("cyclic", "host_request_types", [1], "expected shape [2], found [1]"),
     ("cyclic", "kv_cache_block_offsets", [2, 2, 8], "expected shape [?, 2, 2, ?], found [2, 2, 8]"),
-    ("cyclic", "host_kv_cache_pool_pointers", [1, 2], "expected shape [2, 2], found [1, 2]"),
+    ("cyclic", "host_kv_cache_pool_pointers", [2, 3], "expected shape [?, 2], found [2, 3]"),
     ("cyclic", "host_kv_cache_pool_mapping", [10], "expected shape [?, 2], found [10]"),
     ("cyclic-fp8", "kv_quant_orig_scale", [3], "expected shape [1], found [3]"),
     ("cyclic", "rotary_cos_sin", [1, 71 * 64], "for at least max_seq_len = 72 positions"),
@@ -376,6 +394,26 @@ SERVER = [
         "input host_kv_cache_pool_pointers[0]: expected an address, found 0",
     ),
     (
+        "cyclic",
+        "host_kv_cache_pool_pointers",
+        _ints([[4096, 0]], np.int64),
+        "input host_kv_cache_pool_pointers: expected 2 pools, as kv_cache_block_offsets has, found 1",
+    ),
+    (
+        "state",
+        "host_past_key_value_lengths",
+        _ints([17, 3, 3]),
+        "host_past_key_value_lengths[0]: expected the tokens of the prompt alone, found 8 before them: a "
+        "reused prefix or a later chunk, whose local heads are in no state slot; disable KV cache reuse",
+    ),
+    (
+        "cyclic-no-compensation",
+        "host_past_key_value_lengths",
+        _ints([17, 3, 3]),
+        "host_past_key_value_lengths[0]: expected the tokens of the prompt alone, found 8 before them: with "
+        "sink_tokens = 8, whole blocks of 8, a later chunk cannot be told from a reused prefix",
+    ),
+    (
         "state",
         "conv_state_ptr",
         _ints([0], np.int64),
@@ -429,3 +467,41 @@ def test_one_block_short(host: Host) -> None:
     assert not driver.runtime.enqueue(inputs, driver.outputs(inputs, 0), 0)
     reason = "expected at least 10 blocks a sequence for 76 rows of cache layer 6, found 9"
     assert reason in driver.host.log()
+
+
+# What TensorRT-LLM does with profiles and graphs --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cyclic", "state", "cyclic-fp8"])
+def test_profiles_range_over_numbers_of_pools(host: Host, name: str) -> None:
+    """An engine accepts any number of pools; how many there are is known when it runs."""
+    driver, _, _ = _make(host, name)
+    least, most = driver.tensors(1, 1, 1, {}, pools=1), driver.tensors(8, 64, 10, {}, pools=10)
+    # TensorRT-LLM may give the pointers another upper end than the offsets.
+    most[driver.input_names.index("host_kv_cache_pool_pointers")].shape = [5, 2]
+    inputs = [
+        replace(small, shape=[m if m == n else -1 for m, n in zip(small.shape, large.shape)])
+        for small, large in zip(least, most, strict=True)
+    ]
+    for tensor, small, large in zip(inputs, least, most, strict=True):
+        tensor.least, tensor.most = small.shape, large.shape
+    outputs = [replace(driver.outputs(least, 0)[0], most=[64, driver.layer.num_heads * 64])]
+    assert driver.builder.output_shapes(inputs) is not None, driver.host.log()
+    assert driver.builder.configure(inputs, outputs), driver.host.log()
+    assert driver.builder.workspace_size(inputs, outputs) > 0
+
+
+@pytest.mark.parametrize("name", ["cyclic", "cyclic-clusters", "state", "state-fp8"])
+@pytest.mark.parametrize("rounded", [64, 71])
+def test_a_captured_graph_has_lengths_rounded_up(host: Host, name: str, rounded: int) -> None:
+    """The host's lengths of generations are upper bounds only; the device knows the true ones."""
+
+    def calls(rig: Rig) -> Iterator[Call]:
+        driver.change = {}
+        yield _contexts((0, 31), (1, 5), (2, 12))
+        past = _ints([rounded] * 3)
+        driver.change = {"host_past_key_value_lengths": Tensor("int32", [3], past.ctypes.data)}
+        yield from [_tokens(2, 0, 1)] * 14
+
+    driver, layer, _ = _make(host, name)
+    check(driver, layer, calls, store=lambda: _make(host, name)[2])  # type: ignore[arg-type]

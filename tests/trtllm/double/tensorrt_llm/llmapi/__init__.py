@@ -1,0 +1,1 @@
+"""Only ``kv_cache_type`` is doubled."""

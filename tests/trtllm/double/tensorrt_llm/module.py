@@ -1,0 +1,125 @@
+"""``Module`` and ``ModuleList`` with their dictionaries of children and weights.
+
+Read: ``_modules``, ``_parameters``; assignment puts a Module or Parameter there in place, anything else
+(None too) into ``__dict__``, where it SHADOWS an entry that still yields its weights;
+``register_parameter(name, None)``; ``named_parameters`` and ``named_modules`` give every object once,
+under its first name; names of layers are fixed at the first top-level call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ._common import default_net
+from .parameter import Parameter
+
+
+class Module:
+    def __init__(self) -> None:
+        self._modules: dict[str, Module] = {}
+        self._parameters: dict[str, Parameter | None] = {}
+        self._network_outputs: dict[str, Any] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        network = default_net()
+        if network._module_names is None:
+            network._module_names = {id(m): name for name, m in self.named_modules()}
+        network._module_stack.append(self)
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            network._module_stack.pop()
+
+    def __getattr__(self, name: str) -> Any:
+        for place in ("_parameters", "_modules"):
+            entries = self.__dict__.get(place, {})
+            if name in entries:
+                return entries[name]
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Parameter):
+            value.local_name = name
+            self._parameters[name] = value
+        elif isinstance(value, Module):
+            self._modules[name] = value
+        else:
+            object.__setattr__(self, name, value)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        if param is not None:
+            param.local_name = name
+        self._parameters[name] = param
+
+    def named_modules(
+        self, memo: set[int] | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, Module]]:
+        memo = set() if memo is None else memo
+        if id(self) in memo:
+            return
+        memo.add(id(self))
+        yield prefix, self
+        for name, child in self._modules.items():
+            yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name)
+
+    def named_modules_with_parent(self) -> Iterator[tuple[str, str, Module, Module]]:
+        """(full name, name in the parent, child, parent) of every module but this one."""
+        for prefix, parent in list(self.named_modules()):
+            for name, child in list(parent._modules.items()):
+                yield (f"{prefix}.{name}" if prefix else name), name, child, parent
+
+    def modules(self) -> Iterator[Module]:
+        return (module for _, module in self.named_modules())
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        return iter(list(self._modules.items()))
+
+    def children(self) -> Iterator[Module]:
+        return iter(list(self._modules.values()))
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        memo: set[int] = set()
+        for prefix, module in self.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in memo:
+                    memo.add(id(parameter))
+                    yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def parameters(self) -> Iterator[Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def apply(self, fn: Callable[[Module], Any]) -> Module:
+        for child in self.children():
+            child.apply(fn)
+        fn(self)
+        return self
+
+    def register_network_output(self, name: str, value: Any) -> None:
+        self._network_outputs[name] = value
+
+
+class ModuleList(Module):
+    def __init__(self, modules: Any) -> None:
+        super().__init__()
+        for i, module in enumerate(modules):
+            self._modules[str(i)] = module
+
+    def _key(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range")
+        return str(index % len(self))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return ModuleList(list(self._modules.values())[index])
+        return self._modules[self._key(index)]
+
+    def __setitem__(self, index: int, module: Module) -> None:
+        setattr(self, self._key(index), module)
+
+    def __len__(self) -> int:
+        return len(self._modules)
