@@ -47,5 +47,7 @@ RUN python3 docker/install.py \
 
 # Building finds the plugins by itself. A server knows nothing of them: LD_PRELOAD=$RAZOR_PRELOAD tritonserver …
 # It would be harmless in every process (plugins/tensorrt/README.md), but whoever starts a server shall see it.
-ENV TRT_RAZOR_PLUGIN=/opt/trt_razor/trt_razor/kernels/libtrt_razor_plugins_trt10.so \
+# The system's Python takes packages from pip only with the first of these.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
+    TRT_RAZOR_PLUGIN=/opt/trt_razor/trt_razor/kernels/libtrt_razor_plugins_trt10.so \
     RAZOR_PRELOAD=/opt/trt_razor/trt_razor/kernels/libtrt_razor_preload_trt10.so

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("models", "heads")
-"""Of pyproject.toml: reading checkpoints, finding heads and drawing them."""
+EXTRAS = ("gguf", "heads")
+"""Of pyproject.toml: reading checkpoints of either kind, finding heads and drawing them."""
 TOOLS = ("pytest>=8",)
 """For `make test-ngc`."""
 KEPT = ("torch",)

@@ -47,12 +47,14 @@ class Request:
         """Has blocks, which a pause would free."""
         return self.position > 0
 
-    def pause(self, max_input_len: int) -> None:
+    def pause(self, max_input_len: int) -> int:
         """Comes back as a new request whose prompt has the generated tokens too, as far as a prompt
-        may be that long; those beyond are made again."""
+        may be that long; those beyond are made again. How many are."""
+        dropped = self.prompt + self.generated
         prompt = max(self.prompt, min(max_input_len, self.prompt + self.generated))
         self.max_new -= prompt - self.prompt
         self.prompt, self.position, self.generated, self.slot = prompt, 0, 0, -1
+        return dropped - prompt
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class InFlightBatching:
         self.evict, self.chunked, self.fused = evict, chunked, fused
         self.active: list[Request] = []
         self._slots = deque(range(manager.config.max_num_sequences))
-        self.pauses = self.chunks = 0
+        self.pauses = self.chunks = self.dropped = 0
 
     def submit(self, request: Request) -> None:
         config = self.manager.config
@@ -204,7 +206,9 @@ class InFlightBatching:
         return int(window.grows(self.manager.num_tokens[request.number]))
 
     # Which of them run in this step ---------------------------------------------------------------
-    def _chosen(self, fitting: Sequence[Request]) -> tuple[list[tuple[Request, int]], list[Request]]:
+    def _chosen(
+        self, fitting: Sequence[Request]
+    ) -> tuple[list[tuple[Request, int]], list[Request]]:
         """Contexts with their tokens, unfinished prompts first, and generations."""
         generations = [r for r in fitting if r.generating]
         waiting = [r for r in fitting if not r.generating]
@@ -229,7 +233,7 @@ class InFlightBatching:
         fitting, paused = self._fitting()
         for request in paused:
             self._release(request)
-            request.pause(self.manager.config.max_input_len)
+            self.dropped += request.pause(self.manager.config.max_input_len)
             self.pauses += 1
         contexts, generations = self._chosen(fitting)
         parts: list[Part] = []

@@ -157,11 +157,10 @@ def test_tokens_and_logits(
         assert tuple(result.logits.argmax(1)) == result.tokens
         assert [t for j, t in seen if j == i] == list(result.tokens)
         assert result.finished == "LENGTH"
-        assert len(result.times) == 3 + i
-        assert list(result.times) == sorted(result.times)
-        assert result.time_to_first_token == result.times[0] > 0
-        if not stream:
-            assert len(set(result.times)) == 1
+        assert len(result.arrivals) == 3 + i
+        assert list(result.arrivals) == sorted(result.arrivals)
+        assert result.time_to_first_token == result.arrivals[0] - result.sent > 0
+        assert len(set(result.arrivals)) == (3 + i if stream else 1)
         assert result.first_token_s is not None
     assert api.opened[-1].shut_down
 
@@ -340,7 +339,7 @@ def test_refusals(trtllm: doubles.Double, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="open the engine with logits=True"):
             executor.run([Request([1], 1)], logits=True)
     (folder / "rank0.engine").unlink()
-    with pytest.raises(RazorError, match="cannot load it: .*rank0.engine$"):
+    with pytest.raises(RazorError, match=r"cannot load it: .*rank0\.engine$"):
         open_executor(folder)
 
 
@@ -386,7 +385,7 @@ def test_ranks_must_match(
     two = engine_folder(tmp_path / "two", trtllm.release, tp_size=2).path
     one = engine_folder(tmp_path / "one", trtllm.release).path
     with pytest.raises(
-        UsageError, match="expected 2 processes for this engine, found 1; .*mpirun -n 2"
+        UsageError, match=r"expected 2 processes .*, found 1; .*mpirun -n 2"
     ):
         open_executor(two)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")

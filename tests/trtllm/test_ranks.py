@@ -135,7 +135,9 @@ def test_heads_in_front_stay_where_they_are_on_one_rank() -> None:
 
 
 def test_layout_refuses_what_does_not_divide() -> None:
-    with pytest.raises(UsageError, match=r"^layer 1: expected a multiple of 2 retrieval heads, found 1$"):
+    with pytest.raises(
+        UsageError, match=r"^layer 1: expected a multiple of 2 retrieval heads, found 1$"
+    ):
         rank_layout(make_map([[0, 1], [2]], 4), 2)
     with pytest.raises(UsageError, match="expected a divisor of 4 KV heads, found 3"):
         rank_layout(make_map([[0, 1, 2]], 4), 3)

@@ -24,7 +24,17 @@ def spec_of(architecture: str, heads: int, kv_heads: int, **changes: Any) -> Mod
     """hidden_size is not heads · head_dim, except for Baichuan, which has it so."""
     hidden = heads * DIM if architecture == "baichuan" else 48
     spec = ModelSpec(
-        f"tiny-{architecture}", architecture, LAYERS, hidden, 40, heads, kv_heads, DIM, VOCAB, 256, 1e-5
+        f"tiny-{architecture}",
+        architecture,
+        LAYERS,
+        hidden,
+        40,
+        heads,
+        kv_heads,
+        DIM,
+        VOCAB,
+        256,
+        1e-5,
     )
     return dataclasses.replace(spec, **changes)
 

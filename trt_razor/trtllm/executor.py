@@ -59,7 +59,7 @@ class _Pending:
     index: int
     sent: float
     tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
     logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
@@ -225,8 +225,10 @@ class TrtLlmExecutor:
                     request = self._request(requests[index], stream, logits)
                     sent = time.perf_counter()
                     pending[self._enqueue(request, index)] = _Pending(index, sent)
-                for response in self._await():
+                responses = self._await()
+                if responses:
                     heard = time.perf_counter()
+                for response in responses:
                     got = pending[response.request_id]
                     tokens = self._take(response, got, heard, logits)
                     came += len(tokens)
@@ -298,7 +300,7 @@ class TrtLlmExecutor:
             raise RazorError(f"request {got.index + 1}: {first_line(response.error_msg)}")
         tokens = [int(t) for t in response.result.output_token_ids[0]]
         got.tokens += tokens
-        got.times += [now - got.sent] * len(tokens)
+        got.arrivals += [now] * len(tokens)
         if logits and tokens and response.result.generation_logits is not None:
             # [beam, tokens, padded vocab], or [tokens, beam, padded vocab] from a stream; beam is 1.
             rows = _numpy(response.result.generation_logits)
@@ -320,7 +322,8 @@ class TrtLlmExecutor:
         return Result(
             tuple(got.tokens),
             table,
-            tuple(got.times),
+            got.sent,
+            tuple(got.arrivals),
             str(getattr(reason, "name", reason)),
             _first_token_seconds(getattr(result, "request_perf_metrics", None)),
         )

@@ -39,7 +39,7 @@ from trt_razor.trtllm.rank_tensors import (
     slopes_rule,
 )
 from trt_razor.trtllm.ranks import RankLayout, check_ranks
-from trt_razor.trtllm.trtllm_source import (
+from trt_razor.trtllm.source import (
     CONFIG,
     KV_PAIR,
     KV_SCALE,

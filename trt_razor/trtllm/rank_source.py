@@ -176,9 +176,7 @@ class RankTensors:
 
     def tied(self) -> bool:
         """Whether the output head is the input embedding, by a sample of rows."""
-        if HEAD not in self.parts:
-            return True
-        if EMBEDDING not in self.parts:
+        if HEAD not in self.parts or EMBEDDING not in self.parts:
             return False
         embedding, head = self.parts[EMBEDDING][0], self.parts[HEAD][0]
         if embedding.dtype != head.dtype or embedding.dtype not in _READ:

@@ -33,22 +33,23 @@ class Result:
     Attributes:
         tokens: generated ids.
         logits: [tokens, vocab] float32 that they were chosen from, if asked for.
-        times: seconds from sending the request to each token's arrival here; without streaming all
-            tokens come at once.
+        sent, arrivals: when the request was sent, and when each token came here, by
+            ``time.perf_counter``. Tokens that came together have one time; without streaming that is all.
         finished: ``END_ID``, ``LENGTH``, … as TensorRT-LLM says.
         first_token_s: time to first token by the executor's own clock, if it measured.
     """
 
     tokens: tuple[int, ...]
     logits: npt.NDArray[np.float32] | None
-    times: tuple[float, ...]
+    sent: float
+    arrivals: tuple[float, ...]
     finished: str
     first_token_s: float | None = None
 
     @property
     def time_to_first_token(self) -> float:
         """Seconds, as the client sees it."""
-        return self.times[0]
+        return self.arrivals[0] - self.sent
 
 
 @dataclass(frozen=True)

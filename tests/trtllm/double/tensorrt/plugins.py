@@ -124,6 +124,11 @@ class _Registry:
         self._creators[key] = creator
         return object()
 
+    @property
+    def all_creators(self) -> list[RazorCreator]:
+        """Creators of all versions of plugins."""
+        return list(self._creators.values())
+
     def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> Any:
         return self._creators.get((type, version, plugin_namespace))
 

@@ -1,8 +1,8 @@
 """``functional.gpt_attention``: keyword-only, its plugin inputs in their order.
 
 Read (1.1 - 1.2 age): names, order, defaults, assertions; ``attention_sinks`` since 1.1. It lives in
-functional.py of TensorRT-LLM; here it has a file of its own for its length. The block-sparse, cross
-attention and MLA parameters are accepted with their defaults only.
+functional.py of TensorRT-LLM; here it has a file of its own for its length. Block-sparse, cross
+attention, long RoPE, speculative and MLA parameters are left out: our code has no use for them.
 """
 
 from __future__ import annotations

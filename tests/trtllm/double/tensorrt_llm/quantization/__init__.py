@@ -1,4 +1,3 @@
 from .mode import QuantAlgo, QuantMode
-from .quantize import quantize
 
-__all__ = ["QuantAlgo", "QuantMode", "quantize"]
+__all__ = ["QuantAlgo", "QuantMode"]

@@ -32,9 +32,8 @@ _MAX_RANKS = 1024
 _MAX_GROUP = 4096
 KV_SCALE = "attention.kv_cache_scaling_factor"
 KV_PAIR = ("attention.k_cache_scaling_factor", "attention.v_cache_scaling_factor")
-_KV_INVERSE = (
-    "attention.kv_cache_rcp_scaling_factor"  # TensorRT-LLM computes it where it is missing
-)
+# TensorRT-LLM computes it where it is missing.
+_KV_INVERSE = "attention.kv_cache_rcp_scaling_factor"
 _HEAD_SCALES = ("lm_head.activation_scaling_factor", "lm_head.weights_scaling_factor")
 _FORMATS = {
     None: Format.PLAIN,
@@ -53,22 +52,23 @@ _OWN_ATTENTION = (
     "TensorRT-LLM puts an attention layer of its own in place of any other, so Razor attention "
     "would be lost"
 )
-_MIXED = "each of its layers may have another format"
 _UNKNOWN = "its scales are of a kind that is not supported here"
-_REASONS = (
-    ("W8A16_GPTQ", _INTERLEAVED),
-    ("W4A16_GPTQ", _INTERLEAVED),
-    ("W8A16", _INTERLEAVED),
-    ("W4A16", _INTERLEAVED),
-    ("FP8_PER_CHANNEL_PER_TOKEN", _OWN_ATTENTION),
-    ("W8A8_SQ_PER_TENSOR_PLUGIN", _OWN_ATTENTION),
-    ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", _OWN_ATTENTION),
-    ("W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", _OWN_ATTENTION),
-    ("W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN", _OWN_ATTENTION),
-    ("W4A8_QSERVE_PER_GROUP", _OWN_ATTENTION),
-    ("W4A8_QSERVE_PER_CHANNEL", _OWN_ATTENTION),
-    ("MIXED_PRECISION", _MIXED),
-)
+_REASONS = {
+    **dict.fromkeys(("W8A16", "W4A16", "W8A16_GPTQ", "W4A16_GPTQ"), _INTERLEAVED),
+    **dict.fromkeys(
+        (
+            "FP8_PER_CHANNEL_PER_TOKEN",
+            "W8A8_SQ_PER_TENSOR_PLUGIN",
+            "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+            "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN",
+            "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+            "W4A8_QSERVE_PER_GROUP",
+            "W4A8_QSERVE_PER_CHANNEL",
+        ),
+        _OWN_ATTENTION,
+    ),
+    "MIXED_PRECISION": "each of its layers may have another format",
+}
 """Formats whose heads cannot be moved, and why; of all others, because of their scales."""
 
 
@@ -231,7 +231,7 @@ def _refusal(algo: str) -> str:
             "convert the unquantised model (--convert-only) and set quantization.quant_algo in its "
             f"config.json: TensorRT-LLM then quantises it while it builds; or {_AGAIN}"
         )
-    return f"{dict(_REASONS).get(algo, _UNKNOWN)}; {way}"
+    return f"{_REASONS.get(algo, _UNKNOWN)}; {way}"
 
 
 def _rules(
@@ -258,12 +258,11 @@ def _rules(
         )
     if stored is Format.AWQ and quantization.get("has_zero_point"):
         raise UsageError(f"{where}: quantization.has_zero_point: expected false; {_AGAIN}")
-    if stored is not Format.PLAIN and not any(
-        tensors.dtype(name) not in FLOATS for name in tensors.parts if name.endswith(".weight")
-    ):
+    dtypes = {tensors.dtype(name) for name in tensors.parts if name.endswith(".weight")} - FLOATS
+    if (stored is not Format.PLAIN) != bool(dtypes):
         raise UsageError(
-            f"{where}: quantization.quant_algo: {stored.name} weights expected, but none of the rank "
-            "files' is quantised"
+            f"{where}: quantization.quant_algo: {quantization.get('quant_algo')!r:.40} does not fit the "
+            f"rank files, whose weights are {', '.join(sorted(dtypes)) or 'not quantised'}"
         )
     prequant = quantization.get("pre_quant_scale") is not False
     rules = tensor_rules(spec, format_of, group, prequant)

@@ -1,0 +1,1 @@
+"""Configuration and network of one family."""
