@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ KEPT = ("torch",)
 """Never asked for: the image has one, or heads are found elsewhere."""
 PLUGINS = "libtrt_razor_plugins_trt10.so"
 PRELOAD = "libtrt_razor_preload_trt10.so"
-_VERSION = re.compile(r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9.]+)?", re.I)
+_VERSION = re.compile(
+    r"(\d+!)?\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9.]+)?", re.I
+)
 
 
 def requirements(project: Mapping[str, Any]) -> list[str]:
@@ -62,11 +63,15 @@ def installed() -> dict[str, str]:
         "for d in m.distributions():\n"
         "    if d.metadata['Name']: print(d.metadata['Name'], d.version)"
     )
-    listing = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    listing = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     pairs = (line.split(" ", 1) for line in listing.stdout.splitlines())
     found: dict[str, str] = {}
     for name, version in pairs:
-        found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # the first on the path counts
+        found.setdefault(
+            re.sub(r"[-_.]+", "-", name).lower(), version
+        )  # the first on the path counts
     return found
 
 
@@ -90,6 +95,8 @@ def pip(*arguments: str) -> None:
 
 def install() -> None:
     """Raises SystemExit if a package of the image was touched; CalledProcessError from pip."""
+    import tomllib  # Python 3.11; images have 3.12
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     before = installed()
     with tempfile.TemporaryDirectory() as folder:
@@ -115,19 +122,30 @@ def check(libraries: Path) -> str:
 
     try:
         release = installed_release()
+        tensorrt = _tensorrt()
         kernels = Library(libraries / "librazor.so")
         for name, symbol in ((PLUGINS, "getCreators"), (PRELOAD, "createInferRuntime_INTERNAL")):
             getattr(ctypes.CDLL(str(libraries / name)), symbol)
     except (RazorError, OSError, AttributeError) as e:
         sys.exit(f"error: {e}")
-    tensorrt = importlib.metadata.version("tensorrt")
-    if not tensorrt.startswith("10."):
-        sys.exit(f"error: tensorrt: expected version 10, found {tensorrt}: {PLUGINS} is not for it")
     caches = " or ".join(c.name.lower() for c in release.local_caches)
     return (
         f"TensorRT-LLM {release.version} (local heads in {caches}), TensorRT {tensorrt}, "
         f"kernels {kernels.build_info}"
     )
+
+
+def _tensorrt() -> str:
+    """Version of the installed TensorRT, as far as its package says; the plugins are for one major."""
+    for name in ("tensorrt", "tensorrt_cu12", "tensorrt_cu13"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not version.startswith("10."):
+            sys.exit(f"error: {name}: expected version 10, found {version}; use another IMAGE")
+        return version
+    return "10"  # the headers that the plugins were compiled with say so
 
 
 def main() -> int:

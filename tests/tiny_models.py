@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trt_razor.build import BuildRequest, build_engine
 from trt_razor.engine import Engine
 from trt_razor.headmap import HeadMap
@@ -86,7 +88,13 @@ def write_model(folder: Path, **changes: Any) -> ModelSpec:
     folder.mkdir(parents=True)
     weights = random_checkpoint(spec)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({n: weights.tensor(n) for n in spec.tensors()}, folder / "model.safetensors")
+    tensors = {n: weights.tensor(n) for n in spec.tensors()}
+    if spec.architecture == "baichuan":  # stores q, k and v as one
+        for i in range(spec.num_layers):
+            attention = f"model.layers.{i}.self_attn."
+            parts = [tensors.pop(f"{attention}{n}_proj.weight") for n in "qkv"]
+            tensors[f"{attention}W_pack.weight"] = np.concatenate(parts)
+    save_file(tensors, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(byte_tokenizer_json())
     named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))

@@ -232,12 +232,12 @@ def as_stored(
     """
     if not isinstance(checkpoint, TrtLlmCheckpoint):
         return request, backend
-    if request.dtype not in (None, checkpoint.dtype):
+    if request.dtype not in (None, checkpoint.spec.torch_dtype):
         raise UsageError(
-            f"dtype: {checkpoint.location} is a checkpoint in {checkpoint.dtype}, found {request.dtype}; "
+            f"dtype: {checkpoint.location} is a checkpoint in {checkpoint.spec.torch_dtype}, found {request.dtype}; "
             "leave --dtype out, or convert the original one"
         )
-    request = replace(request, dtype=checkpoint.dtype)
+    request = replace(request, dtype=checkpoint.spec.torch_dtype)
     assert isinstance(backend, TensorRtLlmBackend)
     if checkpoint.kv_cache_quant_algo == "FP8":
         backend = replace(backend, options=replace(backend.options, kv_dtype="fp8"))

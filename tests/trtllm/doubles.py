@@ -63,7 +63,9 @@ def make(folder: Path, release: str) -> Path:
         (folder / package / "version.py").write_text(f'__version__ = "{version}"\n')
         info = folder / f"{package}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        )
     shutil.copy(README, folder / "tensorrt/razor_gpt_attention.md")
     (folder / PLUGIN).touch()
     return folder
@@ -97,8 +99,10 @@ RELEASE_PACKAGES = ("tensorrt", "tensorrt_llm")
 
 @contextlib.contextmanager
 def installed(folder: Path, release: str) -> Iterator[Double]:
-    """The double of ``release``, made in ``folder``, importable in this process until the end."""
-    variables = {"TRT_RAZOR_PLUGIN": str(make(folder, release) / PLUGIN)}
+    """The double of ``release`` importable in this process until the end; made in ``folder`` if need be."""
+    if not (folder / "tensorrt_llm").exists():
+        make(folder, release)
+    variables = {"TRT_RAZOR_PLUGIN": str(folder / PLUGIN)}
     before = {name: os.environ.get(name) for name in variables}
     _forget()
     sys.path.insert(0, str(folder))

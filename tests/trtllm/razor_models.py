@@ -18,13 +18,13 @@ from trt_razor.trtllm.model_config import trtllm_config
 from trt_razor.trtllm.options import SECTION, RazorSection, TrtLlmOptions
 from trt_razor.trtllm.release import LocalCache, release_of
 
-MAX_SEQ_LEN, MAX_BATCH, LAYERS, DIM = 1024, 6, 4, 64
+MAX_SEQ_LEN, MAX_BATCH, LAYERS, DIM, HIDDEN = 1024, 6, 4, 64, 256
 POLICY = RazorPolicy(sink_tokens=4, min_window=64, compression=5, comp_tokens=2)
 
 
 def _spec(name: str, architecture: str, heads: int, kv_heads: int, **changes: Any) -> ModelSpec:
-    hidden = heads * DIM if architecture == "baichuan" else 192
-    spec = ModelSpec(name, architecture, LAYERS, hidden, 96, heads, kv_heads, DIM, 250, 4096, 1e-6)
+    hidden = heads * DIM if architecture == "baichuan" else HIDDEN
+    spec = ModelSpec(name, architecture, LAYERS, hidden, 256, heads, kv_heads, DIM, 250, 4096, 1e-6)
     return replace(spec, **changes)
 
 
@@ -68,7 +68,6 @@ class Case:
     kind: str
     options: TrtLlmOptions = field(default_factory=TrtLlmOptions)
     counts: tuple[int, ...] | None = None
-    policy: RazorPolicy = POLICY
     quant: Mapping[str, Any] = field(default_factory=dict)
     change: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float16"
@@ -81,7 +80,10 @@ class Case:
     def section(self) -> RazorSection:
         tp = self.options.tp_size
         counts = self.counts or uneven(self.spec, tp)
-        return RazorSection(self.spec.fingerprint(), "digest", tp, counts, self.policy)
+        policy = POLICY
+        if self.spec.position == "alibi":  # one compensation token at the most
+            policy = POLICY.with_(comp_tokens=1)
+        return RazorSection(self.spec.fingerprint(), "digest", tp, counts, policy)
 
     def plan(self, release: str, max_seq_len: int = MAX_SEQ_LEN) -> RazorPlan:
         return plan_engine(

@@ -11,7 +11,7 @@ from typing import Any
 import doubles
 import numpy as np
 import pytest
-from razor_models import DIM, MAX_BATCH, MAX_SEQ_LEN, Case
+from razor_models import DIM, HIDDEN, MAX_BATCH, MAX_SEQ_LEN, Case
 
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.trtllm.options import TrtLlmOptions
@@ -25,7 +25,7 @@ def stock(trtllm: doubles.Double, **changes: Any) -> Any:
     functional = trtllm.load("tensorrt_llm.functional")
     fields = {
         "local_layer_idx": 0,
-        "hidden_size": 192,
+        "hidden_size": HIDDEN,
         "attention_head_size": DIM,
         "num_attention_heads": 8,
         "num_kv_heads": 4,
@@ -68,18 +68,16 @@ def request_inputs(trtllm: doubles.Double, case: Case, folder: Path) -> dict[str
     """What ``prepare_inputs`` of a Razor model makes, in the network of the moment."""
     network = trtllm.load("tensorrt_llm._common").default_net()
     network.plugin_config.use_paged_context_fmha = False
-    inputs: dict[str, Any] = case.model(trtllm, folder).prepare_inputs(
+    model = case.model(trtllm, folder)
+    inputs: dict[str, Any] = model.prepare_inputs(
         max_batch_size=MAX_BATCH,
         max_input_len=MAX_SEQ_LEN - 1,
         max_seq_len=MAX_SEQ_LEN,
         max_num_tokens=MAX_SEQ_LEN,
         use_cache=True,
     )
-    rope = trtllm.load("tensorrt_llm.parameter").Parameter
-    inputs["attention_params"].fill_attention_const_params_for_rope(
-        rotary_inv_freq=rope(np.ones(DIM // 2, np.float32)).value,
-        embed_positions_for_gpt_attention=rope(np.ones((1, 4096 * DIM), np.float32)).value,
-    )
+    attention = trtllm.load("tensorrt_llm.layers.attention").Attention
+    attention.fill_attention_params(model, inputs["attention_params"])
     return inputs
 
 
@@ -127,10 +125,6 @@ def _refusals(functional: Any) -> dict[str, tuple[dict[str, Any], str]]:
             r"rotary scaling: .*found yarn",
         ),
         "context parallel": ({"cp_size": 2, "cp_group": [0, 1]}, r"cp_size: expected 1, found 2"),
-        "norm per head": (
-            {"qk_layernorm": True, "layernorm_share": False},
-            r"one QK-norm weight for all heads",
-        ),
     }
 
 
@@ -143,6 +137,13 @@ def test_layers_that_compute_something_else_are_refused(trtllm: doubles.Double) 
             attention.adopt(layer, EPS)
         assert "\n" not in str(error.value), name
         assert type(layer) is not attention.RazorAttention
+
+
+def test_a_norm_for_each_head_is_refused(trtllm: doubles.Double) -> None:
+    layer = stock(trtllm, qk_layernorm=True)
+    layer.layernorm_share = False
+    with pytest.raises(UsageError, match=r"expected one QK-norm weight for all heads"):
+        trtllm.load("trt_razor.trtllm.attention").adopt(layer, EPS)
 
 
 # QK-norm ------------------------------------------------------------------------------------------
@@ -195,13 +196,13 @@ def test_forward_gives_what_models_unpack(trtllm: doubles.Double, net: Any, tmp_
     case = Case("llama")
     inputs = request_inputs(trtllm, case, tmp_path / "x")
     layer = adopted(trtllm)
-    hidden = engine_input(trtllm, "hidden", 192)
+    hidden = engine_input(trtllm, "hidden", HIDDEN)
     params = {k: inputs[k] for k in ("kv_cache_params", "attention_params")}
     out, presents = layer(hidden, attention_mask=None, use_cache=True, **params)
     assert presents is None
-    assert out.shape == (-1, 192)
+    assert out.shape == (-1, HIDDEN)
     plain = layer(hidden, spec_decoding_params=None, norm_before_bmm1=False, **params)
-    assert plain.shape == (-1, 192)
+    assert plain.shape == (-1, HIDDEN)
 
 
 def test_all_reduce_gets_the_parameters_of_the_model(
@@ -214,7 +215,7 @@ def test_all_reduce_gets_the_parameters_of_the_model(
     dense.forward = lambda x, **kwargs: seen.append(kwargs) or x
     params = trtllm.load("tensorrt_llm.functional").AllReduceParams()
     layer(
-        engine_input(trtllm, "hidden", 192),
+        engine_input(trtllm, "hidden", HIDDEN),
         all_reduce_params=params,
         **{k: inputs[k] for k in ("kv_cache_params", "attention_params")},
     )
@@ -227,7 +228,7 @@ def test_scale_follows_the_models_multiplier(
     inputs = request_inputs(trtllm, Case("llama"), tmp_path / "x")
     layer = adopted(trtllm, q_scaling=2.0)
     layer(
-        engine_input(trtllm, "hidden", 192),
+        engine_input(trtllm, "hidden", HIDDEN),
         **{k: inputs[k] for k in ("kv_cache_params", "attention_params")},
     )
     (plugin,) = (made.plugin for made in net.trt_network.layers if made.type.value == "PLUGIN_V3")
@@ -253,7 +254,7 @@ def test_arguments_that_layers_cannot_honour(
     trtllm: doubles.Double, net: Any, name: str, value: Any
 ) -> None:
     layer = adopted(trtllm, local_layer_idx=2)
-    hidden = engine_input(trtllm, "hidden", 192)
+    hidden = engine_input(trtllm, "hidden", HIDDEN)
     with pytest.raises(UsageError, match=rf"attention layer 2: {name}: not supported"):
         layer(hidden, **{name: value})
 
@@ -263,12 +264,12 @@ def test_forward_refuses_what_passes_of_tensorrt_llm_left_behind(
 ) -> None:
     inputs = request_inputs(trtllm, Case("llama"), tmp_path / "x")
     params = {k: inputs[k] for k in ("kv_cache_params", "attention_params")}
-    hidden = engine_input(trtllm, "hidden", 192)
+    hidden = engine_input(trtllm, "hidden", HIDDEN)
     layer = adopted(trtllm)
     with pytest.raises(UsageError, match=r"hidden_states: expected packed tokens"):
         layer((hidden, hidden), **params)
     with pytest.raises(UsageError, match=r"hidden_states: expected packed tokens"):
-        layer(engine_input(trtllm, "padded", 5, 192), **params)
+        layer(engine_input(trtllm, "padded", 5, HIDDEN), **params)
     with pytest.raises(UsageError, match=r"the inputs that prepare_inputs of a Razor model"):
         layer(hidden, **{**params, "kv_cache_params": None})
     with pytest.raises(UsageError, match=r"the inputs that prepare_inputs of a Razor model"):
@@ -288,7 +289,7 @@ def test_missing_input_is_named(trtllm: doubles.Double, net: Any, tmp_path: Path
     layer = adopted(trtllm)
     with pytest.raises(RazorError, match=r"input rotary_cos_sin: expected a tensor, found none"):
         layer(
-            engine_input(trtllm, "hidden", 192),
+            engine_input(trtllm, "hidden", HIDDEN),
             **{k: inputs[k] for k in ("kv_cache_params", "attention_params")},
         )
 
@@ -300,7 +301,7 @@ def test_cache_scales_must_be_there(trtllm: doubles.Double, net: Any, tmp_path: 
     layer = adopted(trtllm)
     with pytest.raises(RazorError, match=r"input kv_orig_quant_scale: expected a tensor"):
         layer(
-            engine_input(trtllm, "hidden", 192),
+            engine_input(trtllm, "hidden", HIDDEN),
             **{k: inputs[k] for k in ("kv_cache_params", "attention_params")},
         )
 
@@ -385,7 +386,7 @@ def test_plugin_that_refuses_its_fields(
         RazorError, match=r"RazorGptAttention refused the fields of razor_attention_0"
     ):
         layer(
-            engine_input(trtllm, "hidden", 192),
+            engine_input(trtllm, "hidden", HIDDEN),
             **{k: inputs[k] for k in ("kv_cache_params", "attention_params")},
         )
 

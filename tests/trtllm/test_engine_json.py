@@ -222,6 +222,7 @@ def test_pipeline_stages_find_their_cache_layers(pp_size: int, tmp_path: Path) -
     model = parse((tmp_path / "config.json").read_text())
     agree(model, plan, SPEC)
     assert model.local_kv_heads(pp_size - 1) == (1, 3) * (4 // pp_size)
+    assert plan_of(config, "tiny") == plan
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
@@ -517,7 +518,7 @@ CONTRADICTIONS: dict[str, tuple[LocalCache | None, str, Any, str]] = {
         LocalCache.SLOTS,
         f"{G}.mamba_conv1d_plugin",
         None,
-        "expected a plugin, not null",
+        "mamba_conv1d_plugin: expected float16, found null",
     ),
     "no paged state": (LocalCache.SLOTS, f"{G}.paged_state", False, "paged_state: expected true"),
     "reuse": (
@@ -641,6 +642,24 @@ CONTRADICTIONS: dict[str, tuple[LocalCache | None, str, Any, str]] = {
         62,
         r"razor\.policy: expected",
     ),
+    "other stages": (
+        LocalCache.CYCLIC,
+        f"{P}.mapping.pp_size",
+        2,
+        r"mapping\.pp_size: expected 1, found 2",
+    ),
+    "stages of slots": (
+        LocalCache.SLOTS,
+        f"{P}.mapping.pp_size",
+        2,
+        r"mapping\.pp_size: expected 1 with state slots, found 2",
+    ),
+    "ordered for other ranks": (
+        LocalCache.CYCLIC,
+        f"{P}.razor.tp_size",
+        2,
+        r"razor\.tp_size: expected 1, found 2",
+    ),
     "no section": (
         LocalCache.CYCLIC,
         f"{P}.razor",
@@ -658,6 +677,19 @@ def test_contradictions_are_named(case: str, tmp_path: Path) -> None:
         config = finish(written(tmp_path, config), plan)
     with pytest.raises(RazorError, match=message):
         check_engine_json(put(config, path, value), plan)
+
+
+def test_other_ranks_than_planned_are_named(tmp_path: Path) -> None:
+    config, plan = finished(tmp_path, LocalCache.CYCLIC, counts=(2,) * 4)
+    with pytest.raises(RazorError, match=r"mapping\.tp_size: expected 1, found 2"):
+        check_engine_json(put(config, f"{P}.mapping.tp_size", 2), plan)
+
+
+def test_no_quantisation_has_two_spellings(tmp_path: Path) -> None:
+    config, plan = finished(tmp_path, LocalCache.CYCLIC)
+    spelled = put(config, f"{P}.quantization.kv_cache_quant_algo", "NO_QUANT")
+    check_engine_json(spelled, plan)
+    assert plan_of(spelled, "tiny") == plan
 
 
 def test_of_what_finish_sets_nothing_else_will_do(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from razor_models import (
     LAYERS,
     MAX_BATCH,
     MAX_SEQ_LEN,
-    POLICY,
     POSITIONS,
     SPECS,
     Case,
@@ -97,7 +96,7 @@ def check_network(net: dict[str, Any], case: Case, plan: Any, stage: range) -> N
         assert {k: v for k, v in plugin["fields"].items() if k != "scale"} == {
             k: v for k, v in expected.items() if k != "scale"
         }
-        found = [name.rsplit(".", 1)[-1] for name in plugin["inputs"]]
+        found = [tensor["name"].rsplit(".", 1)[-1] for tensor in plugin["inputs"]]
         assert found[1:] == input_names(case, plan, layer)[1:]
     inputs = net["inputs"]
     rows = sum((plan.layers[i].full_row >= 0) + (plan.layers[i].local_row >= 0) for i in stage)
@@ -107,15 +106,15 @@ def check_network(net: dict[str, Any], case: Case, plan: Any, stage: range) -> N
     most = MAX_SEQ_LEN + (block - 1 if plan.bubble else 0)
     for name in ("kv_cache_block_offsets", "host_kv_cache_block_offsets"):
         (profile,) = inputs[name]["profiles"]
-        assert profile["max"] == [rows, MAX_BATCH, 2, -(-most // block)]
-        assert profile["min"] == [1, 1, 2, 1]
+        assert [high for _, _, high in profile] == [rows, MAX_BATCH, 2, -(-most // block)]
+        assert [low for low, _, _ in profile] == [1, 1, 2, 1]
     states = {n: i for n, i in inputs.items() if "state_ptr" in n}
     numbers = [plan.layers[i].state_layer for i in stage if plan.layers[i].state_layer >= 0]
     assert sorted(states) == sorted(f"{k}_state_ptr_{n}" for k in ("conv", "rnn") for n in numbers)
-    assert all((s["dtype"], s["shape"]) == ("INT64", [1]) for s in states.values())
+    assert all((s["dtype"], s["shape"]) == ("int64", [1]) for s in states.values())
     assert ("slot_mapping" in inputs) == bool(numbers)
     if numbers:
-        assert inputs["slot_mapping"]["dtype"] == "INT32"
+        assert inputs["slot_mapping"]["dtype"] == "int32"
         assert inputs["slot_mapping"]["profiles"] == inputs["sequence_length"]["profiles"]
 
 
@@ -168,7 +167,7 @@ def test_equal_names_of_dimensions_have_equal_ranges(
         ranges: dict[str, Any] = {}
         for name, found in net["inputs"].items():
             for axis, dim in enumerate(found["dims"]):
-                limits = [[p[k][axis] for k in ("min", "opt", "max")] for p in found["profiles"]]
+                limits = [profile[axis] for profile in found["profiles"]]
                 assert ranges.setdefault(dim, limits) == limits, (name, dim)
         assert ranges["batch_size_beam_width"][0][2] == MAX_BATCH
 
@@ -176,16 +175,34 @@ def test_equal_names_of_dimensions_have_equal_ranges(
 def test_several_profiles(trtllm: doubles.Double, tmp_path: Path) -> None:
     """State inputs have as many profiles as all others."""
     case = Case("llama", options(local_cache=SLOTS))
-    engine = build(
-        trtllm,
-        case.model(trtllm, tmp_path / "x"),
-        case.options,
-        plugins={"multiple_profiles": True},
+    model = case.model(trtllm, tmp_path / "x")
+    model.razor_plan = case.plan(trtllm.release)
+    common, network_module = (
+        trtllm.load("tensorrt_llm._common"),
+        trtllm.load("tensorrt_llm.network"),
     )
-    net = doubles.network(engine)
-    counts = {len(i["profiles"]) for i in net["inputs"].values()}
-    assert len(counts) == 1
-    assert counts.pop() > 1
+    cache_type = trtllm.load("tensorrt_llm.models.generation_mixin").KVCacheType.PAGED
+    net = network_module.Network()
+    with common.net_guard(net):
+        model.prepare_attention_inputs(
+            max_batch_size=8,
+            max_beam_width=1,
+            max_input_len=1000,
+            max_seq_len=MAX_SEQ_LEN,
+            num_kv_heads=4,
+            head_size=DIM,
+            num_layers=LAYERS,
+            kv_dtype="float16",
+            kv_cache_type=cache_type,
+            num_profiles=3,
+            remove_input_padding=True,
+            use_gpt_attention_plugin=True,
+            mapping=model.config.mapping,
+        )
+    ranges = {name: tensor.dim_range for name, tensor in net.get_inputs().items()}
+    assert {len(r) for dims in ranges.values() for r in dims.values()} == {3}
+    assert ranges["slot_mapping"] == ranges["sequence_length"]
+    assert "conv_state_ptr_1" in ranges
 
 
 def test_optimal_batch_is_the_same_for_slots(trtllm: doubles.Double, tmp_path: Path) -> None:
@@ -303,7 +320,7 @@ def _converted(kind: str, folder: Path, tp_size: int) -> tuple[Case, RankLayout]
     chosen = options(tp_size=tp_size)
     heads: HeadMap = equalise(tiny_checkpoints.head_map_of(source.spec), tp_size)
     layout = rank_layout(heads, tp_size)
-    section = razor_section(source.spec, heads, layout, POLICY)
+    section = razor_section(source.spec, heads, layout, Case(kind).section.policy)
     folder.mkdir()
     convert_checkpoint(source, layout, "float16", chosen, section, folder, lambda *_: None)
     return Case(kind, chosen, counts=layout.num_retrieval), layout

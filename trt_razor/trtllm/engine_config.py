@@ -312,6 +312,13 @@ def plan_engine(
     element = 1 if options.fp8 else dtype_bytes(dtype)
     window = ring_bytes = comp_bytes = 0
     if cyclic:
+        if prefill_chunk and policy.sink_tokens % options.tokens_per_block == 0:
+            # Only a bubble keeps the manager from reusing cached prompts, whose rings are overwritten.
+            raise UsageError(
+                f"prefill_chunk: {prefill_chunk} with sink_tokens = {policy.sink_tokens}, whole blocks of "
+                f"{options.tokens_per_block}: TensorRT-LLM would reuse cached prompts; use --prefill-chunk 0, "
+                "or other --sink-tokens"
+            )
         window = _cyclic_window(spec, policy, max_seq_len, options, element, ring)
     else:
         most = max(layer.num_local for layer in layers)  # one size of slot for all layers
@@ -398,6 +405,12 @@ def _cyclic_window(
             f"comp_tokens: at most {room} fit behind {policy.sink_tokens} sinks in a block of {block} "
             f"tokens, found {policy.comp_tokens}; use fewer, a larger --tokens-per-block, or "
             "--local-cache slots"
+        )
+    if policy.comp_tokens and policy.sink_tokens > block:
+        # The manager gives a prompt the blocks of its own tokens: a short one lacks the sinks' last.
+        raise UsageError(
+            f"sink_tokens: at most tokens_per_block = {block} with compensation tokens behind them, found "
+            f"{policy.sink_tokens}; use fewer, a larger --tokens-per-block, or --local-cache slots"
         )
     return window
 

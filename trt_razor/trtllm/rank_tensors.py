@@ -226,6 +226,7 @@ def _entries(name: str, elements: Index, unit: int) -> Index:
             return first // unit
     what = "two rows share a byte" if unit == 2 else f"{unit} inputs share a scale"
     raise UsageError(
-        f"{name}: {what}, and not all of them would go to the same place; quantise with a group size "
-        "that divides the head size and each rank's part (Model Optimizer: awq_block_size), or to FP8"
+        f"{name}: {what}, and not all of them would go to the same place; use fewer ranks, or "
+        "quantise with a group size that divides the head size and each rank's part (Model Optimizer: "
+        "awq_block_size), or to FP8"
     )

@@ -207,7 +207,7 @@ def _check_heads(pretrained: Mapping[str, Any], where: str) -> None:
 
 
 def _check_hybrid(config: Mapping[str, Any], where: str) -> None:
-    """What the manager of state slots asks for."""
+    """What the manager of state slots asks for; its plugin and paged states are in the plan."""
     for name in STATE_SIZES:
         _typed(config, f"pretrained_config.{name}", _COUNT, where)
     if config["pretrained_config"]["conv_kernel"] < 2:
@@ -216,8 +216,6 @@ def _check_hybrid(config: Mapping[str, Any], where: str) -> None:
     if head not in (None, _ABSENT, 0):
         raise _wrong(where, "pretrained_config.rnn_head_size", "none", head)
     plugins = "build_config.plugin_config"
-    _typed(config, f"{plugins}.mamba_conv1d_plugin", _SET, where)
-    _typed(config, f"{plugins}.paged_state", _ON, where)
     off = ("false: a reused prefix would lack its state", lambda v: v is False)
     _typed(config, f"{plugins}.use_paged_context_fmha", off, where)
     pp = config["pretrained_config"]["mapping"].get("pp_size") or 1

@@ -480,7 +480,10 @@ def test_profiles_range_over_numbers_of_pools(host: Host, name: str) -> None:
     # TensorRT-LLM may give the pointers another upper end than the offsets.
     most[driver.input_names.index("host_kv_cache_pool_pointers")].shape = [5, 2]
     inputs = [
-        replace(small, shape=[m if m == n else -1 for m, n in zip(small.shape, large.shape)])
+        replace(
+            small,
+            shape=[m if m == n else -1 for m, n in zip(small.shape, large.shape, strict=True)],
+        )
         for small, large in zip(least, most, strict=True)
     ]
     for tensor, small, large in zip(inputs, least, most, strict=True):

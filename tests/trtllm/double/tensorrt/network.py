@@ -100,11 +100,18 @@ class INetworkDefinition:
         inputs = list(inputs)
         for i, tensor in enumerate(inputs):
             if not isinstance(tensor, ITensor):
-                raise TypeError(f"plugin input {i}: expected ITensor, found {type(tensor).__name__}")
+                raise TypeError(
+                    f"plugin input {i}: expected ITensor, found {type(tensor).__name__}"
+                )
         if plugin is None or getattr(plugin, "kind", None) is not kind:
             raise TypeError(f"add_plugin: {plugin!r} is no {kind.value} plugin")
         outputs = [
-            ITensor(f"(Unnamed Layer* {self.num_layers}) output {i}", dtype, shape, f"<{plugin.plugin_type}>")
+            ITensor(
+                f"(Unnamed Layer* {self.num_layers}) output {i}",
+                dtype,
+                shape,
+                f"<{plugin.plugin_type}>",
+            )
             for i, (dtype, shape) in enumerate(plugin.outputs(inputs))
         ]
         return self._append(kind, inputs, outputs, plugin)
@@ -127,6 +134,8 @@ class INetworkDefinition:
         self, kind: LayerType, inputs: list[ITensor], outputs: list[ITensor], plugin: Any
     ) -> Layer:
         label = plugin if kind is LayerType.PLAIN else kind.value
-        layer = Layer(kind, f"(Unnamed Layer* {self.num_layers}) [{label}]", inputs, outputs, plugin)
+        layer = Layer(
+            kind, f"(Unnamed Layer* {self.num_layers}) [{label}]", inputs, outputs, plugin
+        )
         self.layers.append(layer)
         return layer

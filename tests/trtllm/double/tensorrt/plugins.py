@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ContractError, require
+from .errors import require
 from .network import ITensor
 from .razor_gpt_attention import Table
 from .types import DataType, LayerType, PluginFieldType, TensorRTPhase
@@ -109,24 +109,24 @@ class _Registry:
         self._creators: dict[tuple[str, str, str], RazorCreator] = {}
         self.libraries: list[str] = []
 
-    def load_library(self, plugin_path: str) -> object:
-        """Only the file that ``doubles.make`` writes. Real TensorRT gives None where plugins of the
-        library are registered already; here that is an error, because it hides a second load."""
+    def load_library(self, plugin_path: str) -> object | None:
+        """Only the file that ``doubles.make`` writes. None, and nothing else, where plugins of the
+        library are registered already, as documented; ``libraries`` has every call."""
         if not isinstance(plugin_path, str):
             raise TypeError(f"load_library: expected str, found {type(plugin_path).__name__}")
         path = Path(plugin_path)
         require(path.parent == Path(__file__).parents[1] and path.is_file(), f"no library {path}")
-        if plugin_path in self.libraries:
-            raise ContractError(f"{path.name} is loaded twice")
         self.libraries.append(plugin_path)
         creator = RazorCreator()
         key = (creator.name, creator.plugin_version, creator.plugin_namespace)
+        if key in self._creators:
+            return None
         self._creators[key] = creator
         return object()
 
     @property
     def all_creators(self) -> list[RazorCreator]:
-        """Creators of all versions of plugins."""
+        """TensorRT has its own plugins' creators in this list too."""
         return list(self._creators.values())
 
     def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> Any:

@@ -101,7 +101,11 @@ class Table:
         found = [tensor.origin for tensor in tensors]
         names = [row.name for row in expected]
         require(len(found) == len(names), f"inputs: expected {names}, found {found}")
-        numbers = {"Hq": fields["num_heads"], "Hkv": fields["num_kv_heads"], "D": fields["head_dim"]}
+        numbers = {
+            "Hq": fields["num_heads"],
+            "Hkv": fields["num_kv_heads"],
+            "D": fields["head_dim"],
+        }
         sizes: dict[str, int] = {}
         for i, (row, tensor) in enumerate(zip(expected, tensors, strict=True)):
             where = f"input {i}, {row.name}"
@@ -109,7 +113,9 @@ class Table:
             require(tensor.dtype in row.dtypes, f"{where}: dtype {tensor.dtype.name}")
             if row.dims is None:
                 continue
-            require(len(tensor.shape) == len(row.dims), f"{where}: shape {tensor.shape}, not {row.dims}")
+            require(
+                len(tensor.shape) == len(row.dims), f"{where}: shape {tensor.shape}, not {row.dims}"
+            )
             for dim, size in zip(row.dims, tensor.shape, strict=True):
                 wanted = _evaluate(dim, numbers)
                 if wanted is None and size != -1:
@@ -148,7 +154,9 @@ def _inputs(text: str) -> list[Input]:
     for names, shape, _ in _rows(text, "Inputs"):
         condition = re.search(r"(with \w+|if `\w+`(?: = \d+)?)", shape)
         dims = re.search(r"\[(.*?)\]", shape)
-        dtypes = tuple(_DTYPES[d] for d in re.findall(r"\b(bfloat16|float16|float32|int64)\b", shape))
+        dtypes = tuple(
+            _DTYPES[d] for d in re.findall(r"\b(bfloat16|float16|float32|int64)\b", shape)
+        )
         sizes = tuple(d.strip() for d in dims[1].split(",")) if dims else None
         if shape.startswith("the same"):
             sizes, dtypes = rows[-1].dims, rows[-1].dtypes

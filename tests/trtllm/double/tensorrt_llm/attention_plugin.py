@@ -23,6 +23,8 @@ from .functional import (
 )
 from .quantization.mode import QuantMode
 
+_NO_QUANT = QuantMode(0)
+
 
 class _GptAttention:
     kind = trt.LayerType.PLUGIN_V2
@@ -74,7 +76,7 @@ def gpt_attention(
     kv_quant_orig_scale: Tensor | None = None,
     attention_output_orig_quant_scale: Tensor | None = None,
     attention_output_sf_scale: Tensor | None = None,
-    kv_cache_quant_mode: QuantMode = QuantMode(0),
+    kv_cache_quant_mode: QuantMode = _NO_QUANT,
     max_context_length: int | None = None,
     mask_type: AttentionMaskType = AttentionMaskType.causal,
     alibi_slopes: Tensor | None = None,

@@ -32,7 +32,12 @@ _UNSAVED = ("dry_run", "visualize_network")
 
 
 def _lora_config() -> dict[str, Any]:
-    return {"lora_dir": [], "lora_ckpt_source": "hf", "max_lora_rank": 64, "lora_target_modules": []}
+    return {
+        "lora_dir": [],
+        "lora_ckpt_source": "hf",
+        "max_lora_rank": 64,
+        "lora_target_modules": [],
+    }
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,14 +76,18 @@ class BuildConfig:
     def update_kv_cache_type(self, architecture: str) -> None:
         """Paged caches unless told otherwise; paged state for hybrid models only."""
         plugins = self.plugin_config
-        if architecture in _STATEFUL:
-            plugins.paged_kv_cache = plugins.paged_state
-            return
-        if self.kv_cache_type is None and plugins.paged_kv_cache is None:
-            self.kv_cache_type = KVCacheType.PAGED
-        if plugins.paged_kv_cache is None:
-            plugins.paged_kv_cache = self.kv_cache_type is KVCacheType.PAGED
-        plugins.paged_state = False
+        switch = "paged_state" if architecture in _STATEFUL else "paged_kv_cache"
+        paged = getattr(plugins, switch)
+        if self.kv_cache_type is None:
+            paged = True if paged is None else paged
+            self.kv_cache_type = KVCacheType.PAGED if paged else KVCacheType.CONTINUOUS
+        is_paged = self.kv_cache_type is KVCacheType.PAGED
+        assert paged in (None, is_paged), f"{switch} = {paged} with {self.kv_cache_type}"
+        setattr(plugins, switch, is_paged)
+        if switch == "paged_kv_cache":
+            plugins.paged_state = False
+        else:
+            plugins.paged_kv_cache = is_paged and architecture == "RecurrentGemmaForCausalLM"
 
     def to_dict(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -109,7 +118,10 @@ class EngineConfig:
 
 class Engine:
     def __init__(
-        self, config: EngineConfig, engine: bytes | None, managed_weights: dict[str, Any] | None = None
+        self,
+        config: EngineConfig,
+        engine: bytes | None,
+        managed_weights: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.engine = config, engine
         self.managed_weights = managed_weights or {}
@@ -144,8 +156,6 @@ def build(model: Any, build_config: BuildConfig) -> Engine:
     model = optimize_model(model, use_fp8_context_fmha=fp8_fmha)
     if config.mapping.world_size > 1:
         plugins.nccl_plugin = config.dtype
-    else:
-        plugins.nccl_plugin = None
     network = Network()
     network.plugin_config = plugins
     network.set_named_parameters(model.named_parameters())
@@ -215,7 +225,9 @@ def _serialise(network: Network) -> bytes:
     recorded = {
         "inputs": inputs,
         "plugins": plugins,
-        "layers": [str(getattr(layer.plugin, "plugin_type", layer.plugin)) for layer in graph.layers],
+        "layers": [
+            str(getattr(layer.plugin, "plugin_type", layer.plugin)) for layer in graph.layers
+        ],
         "outputs": [_tensor(tensor) | {"name": tensor.name} for tensor in graph.outputs],
     }
     return json.dumps(recorded, indent=1).encode()
@@ -223,7 +235,11 @@ def _serialise(network: Network) -> bytes:
 
 def _tensor(tensor: Any) -> dict[str, Any]:
     """``name``: where the data comes from, see tensorrt/network.py."""
-    out = {"name": tensor.origin, "dtype": trt_dtype_to_str(tensor.dtype), "shape": list(tensor.shape)}
+    out = {
+        "name": tensor.origin,
+        "dtype": trt_dtype_to_str(tensor.dtype),
+        "shape": list(tensor.shape),
+    }
     return out if tensor.values is None else out | {"values": tensor.values}
 
 
@@ -233,4 +249,6 @@ def _validate_named_dimensions(network: Network) -> None:
     for name, tensor in network.get_inputs().items():
         for dim, ranges in tensor.dim_range.items():
             other, expected = seen.setdefault(dim, (name, ranges))
-            require(ranges == expected, f"dimension {dim}: {ranges} in {name}, {expected} in {other}")
+            require(
+                ranges == expected, f"dimension {dim}: {ranges} in {name}, {expected} in {other}"
+            )

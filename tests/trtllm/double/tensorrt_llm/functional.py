@@ -1,9 +1,10 @@
 """Symbolic tensors and the operations that network definitions use.
 
 Read (1.1 - 1.2 age): signature of Tensor, rules of ``dim_range``, the enumerations, ``cast``,
-``gpt_attention`` (attention_plugin.py), ``generate_alibi_slopes``, AllReduceParams. Signatures of the
-small tensor operations (split, concat, view, slice, shape, ...) are inferred from the public API
-documentation. Networks are strongly typed: operands of different dtypes are refused.
+AllReduceParams; ``gpt_attention`` and what belongs to positions have files of their own here
+(attention_plugin.py, positions.py). Signatures of the small tensor operations (split, concat, view,
+slice, shape, ...) are inferred from the public API documentation. Networks are strongly typed:
+operands of different dtypes are refused.
 """
 
 from __future__ import annotations
@@ -19,62 +20,14 @@ from tensorrt.errors import require
 
 from ._common import default_net, default_trtnet
 from ._release import RELEASE
-from ._utils import to_trt_dtype
-
-
-class _FromString(enum.IntEnum):
-    @classmethod
-    def from_string(cls, name: str) -> Any:
-        try:
-            return cls[name]
-        except KeyError:
-            raise ValueError(f"Unsupported {cls.__name__}: {name}") from None
-
-    def __str__(self) -> str:
-        return self.name
-
-
-class RotaryScalingType(_FromString):
-    none = 0
-    linear = 1
-    dynamic = 2
-    longrope = 3
-    llama3 = 4
-    yarn = 5
-    mrope = 6
-
-
-class PositionEmbeddingType(_FromString):
-    learned_absolute = 0
-    rope_gptj = 1
-    rope_gpt_neox = 2
-    long_rope = 3
-    alibi = 4
-    alibi_with_scale = 5
-    relative = 6
-    chatglm = 7
-    yarn = 8
-    mrope = 9
-    deferred = 10
-
-    def is_rope(self) -> bool:
-        return self.name in ("rope_gptj", "rope_gpt_neox", "long_rope", "mrope")
-
-    def is_mrope(self) -> bool:
-        return self is PositionEmbeddingType.mrope
-
-    def is_alibi(self) -> bool:
-        return self.name in ("alibi", "alibi_with_scale")
-
-
-class AttentionMaskType(enum.IntEnum):
-    padding = 0
-    causal = 1
-    sliding_window_causal = 2
-    bidirectional = 3
-    bidirectionalglm = 4
-    blocksparse = 5
-    custom_mask = 6
+from ._utils import str_dtype_to_trt, to_trt_dtype
+from .positions import (
+    AttentionMaskType,
+    PositionEmbeddingType,
+    RopeEmbeddingUtils,
+    RotaryScalingType,
+    generate_alibi_slopes,
+)
 
 
 class LayerNormType(enum.IntEnum):
@@ -106,7 +59,12 @@ class AllReduceParams:
         eps: float = 1e-06,
         enable_allreduce: bool = True,
     ) -> None:
-        self.strategy, self.fusion_op, self.bias, self.residual = strategy, fusion_op, bias, residual
+        self.strategy, self.fusion_op, self.bias, self.residual = (
+            strategy,
+            fusion_op,
+            bias,
+            residual,
+        )
         self.norm_weight, self.scale, self.eps = norm_weight, scale, eps
         self.norm_pre_residual_weight = norm_pre_residual_weight
         self.enable_allreduce = enable_allreduce
@@ -127,7 +85,9 @@ class Tensor:
         trt_tensor: Any = None,
     ) -> None:
         if RELEASE < (1, 1) and isinstance(dtype, str):
-            raise AssertionError(f"{name}: dtype {dtype!r} is no trt.DataType (names: 1.1 and newer)")
+            raise AssertionError(
+                f"{name}: dtype {dtype!r} is no trt.DataType (names: 1.1 and newer)"
+            )
         self.dim_range = dim_range
         self.trt_tensor = trt_tensor
         if trt_tensor is None and is_network_input:
@@ -210,8 +170,6 @@ def _record(
 
 
 def constant(ndarray: np.ndarray, as_dtype: Any = None, as_shape: Any = None) -> Tensor:
-    from ._utils import str_dtype_to_trt
-
     dtype = as_dtype or str_dtype_to_trt(str(ndarray.dtype))
     values = ndarray.reshape(-1).tolist() if ndarray.size <= 512 else None
     return _record("constant", [], as_shape or ndarray.shape, dtype, values=values)
@@ -244,13 +202,17 @@ def view(input: Tensor, shape: Any, zero_is_placeholder: bool = True) -> Tensor:
     old, new = [math.prod(d for d in s if d != -1) for s in (input.shape, sizes)]
     if -1 not in input.shape:
         if -1 in sizes:
-            require(sizes.count(-1) == 1 and new and old % new == 0, f"view {input.shape} as {sizes}")
+            require(
+                sizes.count(-1) == 1 and new and old % new == 0, f"view {input.shape} as {sizes}"
+            )
             sizes[sizes.index(-1)], new = old // new, old
         require(old == new, f"view {input.shape} as {sizes}")
     else:
         if isinstance(shape, list | tuple) and all(isinstance(s, int) for s in shape):
             require(list(shape).count(-1) <= 1, f"view: two unknown sizes in {shape}")
-        require(-1 in sizes and (old % new == 0 or new % old == 0), f"view {input.shape} as {sizes}")
+        require(
+            -1 in sizes and (old % new == 0 or new % old == 0), f"view {input.shape} as {sizes}"
+        )
         if input.shape.count(-1) == 1 and input.shape[0] == -1 and sizes[0] == -1:
             require(old == new, f"view {input.shape} as {sizes}: rows would change")
     return _record("view", [input], sizes, None, *_same_data(input))
@@ -306,7 +268,12 @@ def split(tensor: Tensor, split_size_or_sections: Any, dim: int = 0) -> list[Ten
 
 
 def slice(
-    input: Tensor, starts: Any, sizes: Any, strides: Any = None, mode: Any = None, fill_value: Any = None
+    input: Tensor,
+    starts: Any,
+    sizes: Any,
+    strides: Any = None,
+    mode: Any = None,
+    fill_value: Any = None,
 ) -> Tensor:
     new = _shape_values(sizes)
     require(len(new) == input.ndim(), f"slice {input.shape} with sizes {new}")
@@ -387,7 +354,11 @@ ACT2FN = {"silu": silu, "swiglu": silu}
 
 
 def matmul(
-    input: Tensor, mat2: Tensor, transa: bool = False, transb: bool = False, use_fp32_acc: bool = True
+    input: Tensor,
+    mat2: Tensor,
+    transa: bool = False,
+    transb: bool = False,
+    use_fp32_acc: bool = True,
 ) -> Tensor:
     a = input.shape[::-1] if transa else input.shape
     b = mat2.shape[::-1] if transb else mat2.shape
@@ -406,7 +377,11 @@ def _normalised(what: str, input: Tensor, shape: Any, operands: Sequence[Any]) -
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: Any, num_groups: int = 1, weight: Any = None, eps: float = 1e-06
+    input: Tensor,
+    normalized_shape: Any,
+    num_groups: int = 1,
+    weight: Any = None,
+    eps: float = 1e-06,
 ) -> Tensor:
     return _normalised(f"rms_norm eps={eps}", input, normalized_shape, [weight])
 
@@ -438,7 +413,9 @@ def gather_last_token_logits(
 def allreduce(
     tensor: Tensor, group: list[int], all_reduce_params: AllReduceParams | None = None
 ) -> Tensor:
-    require(all_reduce_params is None or isinstance(all_reduce_params, AllReduceParams), "allreduce")
+    require(
+        all_reduce_params is None or isinstance(all_reduce_params, AllReduceParams), "allreduce"
+    )
     fused = all_reduce_params and all_reduce_params.fusion_op is not AllReduceFusionOp.NONE
     require(not fused, "allreduce: fusions are not doubled")
     return _record("allreduce", [tensor], tensor.shape)
@@ -459,47 +436,46 @@ def recv(tensor: Tensor, src: int) -> Tensor:
     return _record(f"recv from {src}", [tensor], tensor.shape)
 
 
-def generate_alibi_slopes(
-    num_heads: int,
-    tp_size: int = 1,
-    tp_rank: int = 0,
-    alibi_scale: float = 1.0,
-    alibi_bias_max: int = 8,
-) -> np.ndarray:
-    """Slopes of a rank's heads, float32 [1, heads, 1, 1]; ``num_heads`` is that of all ranks."""
-    power = 1 << (num_heads.bit_length() - 1)
-    base = 2.0 ** (-alibi_bias_max / power)
-    slopes = [base ** (i + 1) for i in range(power)]
-    half = 2.0 ** (-alibi_bias_max / (2 * power))
-    slopes += [half ** (2 * i + 1) for i in range(num_heads - power)]
-    mine = num_heads // tp_size
-    part = np.asarray(slopes[tp_rank * mine : (tp_rank + 1) * mine], np.float32)
-    return (part * np.float32(alibi_scale)).reshape(1, mine, 1, 1)
+from .attention_plugin import gpt_attention  # noqa: E402
 
-
-class RopeEmbeddingUtils:
-    @staticmethod
-    def create_sinusoidal_positions_for_attention_plugin(
-        num_pos: int,
-        dim: int,
-        theta: float = 10000.0,
-        scale: float = 1.0,
-        scale_type: RotaryScalingType = RotaryScalingType.none,
-        rope_scaling_config: dict[str, Any] | None = None,
-        dtype: Any = np.float32,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """inv_freq [dim / 2] and pairs (cos, sin) [1, num_pos * dim]."""
-        if scale_type == RotaryScalingType.dynamic and RELEASE >= (1, 1):
-            assert rope_scaling_config is not None
-            theta *= rope_scaling_config["alpha"] ** (dim / (dim - 2))
-        inv = 1.0 / theta ** (np.arange(0, dim, 2) / dim)
-        if scale_type == RotaryScalingType.linear:
-            inv = inv / scale
-        # The numbers of llama3's scaling are not worked out: nothing here is computed with them.
-        inv = inv.astype(dtype)
-        angles = np.outer(np.arange(num_pos, dtype=dtype), inv)
-        pairs = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-        return inv, pairs.reshape(1, -1).astype(dtype)
-
-
-from .attention_plugin import gpt_attention as gpt_attention  # noqa: E402
+__all__ = [
+    "ACT2FN",
+    "AllReduceFusionOp",
+    "AllReduceParams",
+    "AllReduceStrategy",
+    "AttentionMaskType",
+    "LayerNormType",
+    "PositionEmbeddingType",
+    "RopeEmbeddingUtils",
+    "RotaryScalingType",
+    "Tensor",
+    "add",
+    "allgather",
+    "allreduce",
+    "cast",
+    "clip",
+    "concat",
+    "constant",
+    "div",
+    "embedding",
+    "gather_last_token_logits",
+    "generate_alibi_slopes",
+    "gpt_attention",
+    "identity",
+    "layer_norm",
+    "matmul",
+    "mul",
+    "permute",
+    "recv",
+    "rms_norm",
+    "select",
+    "send",
+    "shape",
+    "silu",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+    "unsqueeze",
+    "view",
+]

@@ -42,6 +42,8 @@ class Module:
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Parameter | Module):
+            self.__dict__.pop(name, None)  # a plain attribute of that name, such as None, goes
         if isinstance(value, Parameter):
             value.local_name = name
             self._parameters[name] = value

@@ -34,20 +34,15 @@ from ..module import Module
 from ..parameter import Parameter
 from ..quantization.mode import QuantMode
 from .attention_params import (
-    AttentionParams as AttentionParams,
-)
-from .attention_params import (
-    KeyValueCacheParams as KeyValueCacheParams,
-)
-from .attention_params import (
-    MropeParams as MropeParams,
-)
-from .attention_params import (
-    SpecDecodingParams as SpecDecodingParams,
+    AttentionParams,
+    KeyValueCacheParams,
+    MropeParams,
+    SpecDecodingParams,
 )
 from .linear import ColumnLinear, RowLinear
 from .normalization import LayerNorm, RmsNorm
 
+_NO_QUANT = QuantMode(0)
 _CONST = ("embed_positions", "rotary_inv_freq", "embed_positions_for_gpt_attention")
 
 
@@ -83,7 +78,7 @@ class Attention(Module):
         tp_group: list[int] | None = None,
         tp_size: int = 1,
         tp_rank: int = 0,
-        quant_mode: QuantMode = QuantMode(0),
+        quant_mode: QuantMode = _NO_QUANT,
         q_scaling: float = 1.0,
         cross_attention: bool = False,
         relative_attention: bool = False,
@@ -109,7 +104,9 @@ class Attention(Module):
         self.cross_attention = cross_attention
         self.attention_mask_type = attention_mask_type
         self.attention_head_size = attention_head_size or hidden_size // num_attention_heads
-        assert num_attention_heads % tp_size == 0, "num_attention_heads must be divisible by tp_size"
+        assert num_attention_heads % tp_size == 0, (
+            "num_attention_heads must be divisible by tp_size"
+        )
         self.num_attention_heads = num_attention_heads // tp_size
         self.num_kv_heads = num_attention_heads if num_kv_heads is None else num_kv_heads
         self.num_attention_kv_heads = (self.num_kv_heads + tp_size - 1) // tp_size
@@ -138,7 +135,9 @@ class Attention(Module):
         self.max_attn_value, self.block_sparse_params = max_attn_value, block_sparse_params
         self.skip_cross_kv = skip_cross_kv
         self.clip_qkv = clip_qkv
-        self._set_rotary(rotary_embedding_base, rotary_embedding_scaling, rotary_embedding_percentage)
+        self._set_rotary(
+            rotary_embedding_base, rotary_embedding_scaling, rotary_embedding_percentage
+        )
         self.short_mscale, self.long_mscale = rope_scaling_short_mscale, rope_scaling_long_mscale
         if position_embedding_type.is_alibi():
             slopes = generate_alibi_slopes(
@@ -247,7 +246,9 @@ class Attention(Module):
         assert qkv.ndim() == 2
         if self.qk_layernorm:
             qkv = self._normalise(qkv)
-        assert attention_params.is_valid(net.gpt_attention_plugin, net.remove_input_padding, use_cache)
+        assert attention_params.is_valid(
+            net.gpt_attention_plugin, net.remove_input_padding, use_cache
+        )
         if use_cache:
             assert kv_cache_params.is_valid(net.gpt_attention_plugin)
         scales = (None, None)
@@ -305,7 +306,11 @@ class Attention(Module):
 
     def _normalise(self, qkv: Tensor) -> Tensor:
         """QK-norm. With as many KV heads as query heads the columns are taken as [heads, 3, D]."""
-        head, q, kv = self.attention_head_size, self.num_attention_heads, self.num_attention_kv_heads
+        head, q, kv = (
+            self.attention_head_size,
+            self.num_attention_heads,
+            self.num_attention_kv_heads,
+        )
         tokens = shape(qkv, 0)
         if q == kv:
             parts = split(view(qkv, concat([tokens, q, 3, head])), 1, dim=2)
@@ -314,3 +319,12 @@ class Attention(Module):
             parts = split(view(qkv, concat([tokens, q + 2 * kv, head])), [q, kv, kv], dim=1)
         normed = [self.q_layernorm(parts[0]), self.k_layernorm(parts[1]), parts[2]]
         return view(concat(normed, dim=1), concat([tokens, (q + 2 * kv) * head]))
+
+
+__all__ = [
+    "Attention",
+    "AttentionParams",
+    "KeyValueCacheParams",
+    "MropeParams",
+    "SpecDecodingParams",
+]

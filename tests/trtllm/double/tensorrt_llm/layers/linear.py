@@ -39,7 +39,11 @@ class LinearBase(Module):
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, lora_runtime_params: Any = None, lora_hidden_state: Any = None, **kwargs: Any
+        self,
+        x: Tensor,
+        lora_runtime_params: Any = None,
+        lora_hidden_state: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
         if default_net().plugin_config.lora_plugin and lora_runtime_params is not None:
             raise NotImplementedError("LoRA is not in the double")

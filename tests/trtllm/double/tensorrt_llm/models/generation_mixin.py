@@ -29,6 +29,11 @@ def default_range(
     return [value + offset for value in (min_range, middle, max_range)]
 
 
+def _batch_range(max_batch_size: int, max_beam_width: int, opt_batch_size: int | None) -> list[int]:
+    most = max_batch_size * max_beam_width
+    return [1, opt_batch_size * max_beam_width, most] if opt_batch_size else default_range(most)
+
+
 def _input(name: str, dtype: Any, shape: list[int], profiles: int, **dims: Any) -> Tensor:
     ranges = OrderedDict((dim, [size] * profiles) for dim, size in dims.items())
     return Tensor(name=name, dtype=dtype, shape=shape, dim_range=ranges)
@@ -71,7 +76,7 @@ class GenerationMixin:
         require(max_draft_len == 0, "draft tokens are not in the double")
         most = max_batch_size * max_beam_width
         opt = opt_num_tokens if opt_num_tokens is not None else min(max_num_tokens, most)
-        batch = default_range(most)
+        batch = _batch_range(max_batch_size, max_beam_width, opt_batch_size)
         tokens = [1, opt, max_num_tokens]
         return 1, {
             "bb_range": [batch],
@@ -114,7 +119,7 @@ class GenerationMixin:
             local = [i for i in layers if i in attn_layer_idx]
         previous = len(layers) if mapping.pp_rank == 0 else layers[0] // mapping.pp_rank
         p, rows = num_profiles, len(local)
-        batch = default_range(max_batch_size * max_beam_width)
+        batch = _batch_range(max_batch_size, max_beam_width, opt_batch_size)
         tokens = max_seq_len
         tokens += tokens_per_block - 1 if streamingllm else 0
         tokens += tokens_per_block if max_beam_width > 1 else 0
@@ -139,7 +144,9 @@ class GenerationMixin:
         out[name] = _input(name, trt.int64, [1], p, context_progress_size=1)
         name = "host_max_attention_window_sizes"
         out[name] = _input(name, trt.int32, [rows], p, num_layers=rows)
-        out["host_sink_token_length"] = _input("host_sink_token_length", trt.int32, [1], p, scalar=1)
+        out["host_sink_token_length"] = _input(
+            "host_sink_token_length", trt.int32, [1], p, scalar=1
+        )
         out["past_key_value"] = [None] * previous
         out["cache_indirection"] = _input(
             "cache_indirection",

@@ -11,12 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._common import default_net
 from .._utils import str_dtype_to_trt
 from ..functional import gather_last_token_logits
 from ..layers.attention import Attention, AttentionParams, KeyValueCacheParams
 from ..logger import logger
 from ..module import Module, ModuleList
+from ..parameter import Parameter
 from ..plugin import init_all_reduce_helper
 from ..quantization.quantize import quantize
 from ..top_model_mixin import TopModelMixin
@@ -48,7 +51,9 @@ def optimize_model(model: Any, use_parallel_embedding: bool = False, **passes: b
     if passes.get("use_fp8_context_fmha"):
         for layer in model.modules():
             if isinstance(layer, Attention) and hasattr(layer.dense, "activation_scaling_factor"):
-                layer.attention_output_orig_quant_scale = layer.dense.activation_scaling_factor
+                scale = layer.dense.activation_scaling_factor
+                value = np.asarray(scale.raw_value if scale.is_inited() else [1], np.float32)
+                layer.attention_output_orig_quant_scale = Parameter(1 / value, dtype="float32")
     return model
 
 
@@ -106,9 +111,7 @@ class PretrainedModel(Module, GenerationMixin, TopModelMixin, metaclass=PostInit
                 try:
                     parameters[name].value = value
                 except Exception as e:
-                    raise RuntimeError(
-                        f"Encounter error '{e}' for parameter '{name}'"
-                    ) from e
+                    raise RuntimeError(f"Encounter error '{e}' for parameter '{name}'") from e
 
     def prepare_inputs(
         self,

@@ -23,7 +23,11 @@ def preprocess_weights(weights: dict[str, Any], config: Any) -> dict[str, Any]:
         if name.endswith("kv_cache_scaling_factor"):
             inverse = name.replace("kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
             weights.setdefault(inverse, torch.reciprocal(value))
-        if quantization.quant_algo == "FP8" and name.endswith("weight") and value.dtype == torch.int8:
+        if (
+            quantization.quant_algo == "FP8"
+            and name.endswith("weight")
+            and value.dtype == torch.int8
+        ):
             weights[name] = value.view(torch.float8_e4m3fn)
         if quantization.quant_algo == "W4A16_AWQ" and value.dtype == torch.int8:
             packed = value.T.contiguous()  # [in, out / 2]

@@ -90,7 +90,9 @@ class PluginConfig:
         if isinstance(default, bool) or name == "paged_kv_cache":
             if RELEASE >= (1, 1):
                 value = _SWITCH.get(value, value) if isinstance(value, str) else value
-            assert isinstance(value, bool) or (value is None and default is None), f"{name}={value!r}"
+            assert isinstance(value, bool) or (value is None and default is None), (
+                f"{name}={value!r}"
+            )
         elif name == "tokens_per_block":
             assert type(value) is int, f"{name}={value!r}"
         else:

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...functional import AllReduceFusionOp, AllReduceParams, AttentionMaskType, PositionEmbeddingType
+from ...functional import (
+    AllReduceFusionOp,
+    AllReduceParams,
+    AttentionMaskType,
+    PositionEmbeddingType,
+)
 from ...layers import Attention, GatedMLP, RmsNorm
 from ...module import Module
 from ..modeling_utils import DecoderModelForCausalLM
