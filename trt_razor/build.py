@@ -29,7 +29,7 @@ from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.spec import ModelSpec
 from trt_razor.models.zoo import zoo_spec
 from trt_razor.recipes import recipe_heads
-from trt_razor.trtllm.backend import TensorRtLlmBackend
+from trt_razor.trtllm.backend import TensorRtLlmBackend, section_of
 from trt_razor.trtllm.engine_config import TrtLlmOptions
 from trt_razor.trtllm.quantized import TrtLlmCheckpoint
 from trt_razor.trtllm.release import release_of
@@ -232,13 +232,16 @@ def as_stored(
     """
     if not isinstance(checkpoint, TrtLlmCheckpoint):
         return request, backend
-    if request.dtype not in (None, checkpoint.spec.torch_dtype):
+    dtype = checkpoint.spec.torch_dtype
+    if request.dtype not in (None, dtype):
         raise UsageError(
-            f"dtype: {checkpoint.location} is a checkpoint in {checkpoint.spec.torch_dtype}, found {request.dtype}; "
-            "leave --dtype out, or convert the original one"
+            f"dtype: {checkpoint.location} is a checkpoint in {dtype}, found {request.dtype}; leave "
+            "--dtype out, or convert the original one"
         )
-    request = replace(request, dtype=checkpoint.spec.torch_dtype)
+    request = replace(request, dtype=dtype)
     assert isinstance(backend, TensorRtLlmBackend)
+    if request.razor and section_of(Path(checkpoint.location)) is None:
+        checkpoint.check_permutable()  # minutes before its heads would be moved
     if checkpoint.kv_cache_quant_algo == "FP8":
         backend = replace(backend, options=replace(backend.options, kv_dtype="fp8"))
     return request, backend

@@ -22,7 +22,7 @@ from trt_razor.build_request import (
     dtype_of,
     output_of,
 )
-from trt_razor.engine import HEADS_FILE, TOKENIZER_DIR
+from trt_razor.engine import HEADS_FILE
 from trt_razor.errors import UsageError
 from trt_razor.files import replace_directory
 from trt_razor.graph.options import weight_bytes
@@ -74,5 +74,5 @@ def convert_only(
         if options.graph.head_map is not None:
             options.graph.head_map.save(staging / HEADS_FILE)
         if tokenizer is not None:
-            tokenizer.save(staging / TOKENIZER_DIR)
+            tokenizer.save(staging)  # beside the weights, as in a Hugging Face folder
     return output

@@ -14,6 +14,7 @@ import doubles
 import pytest
 from engine_folders import engine_folder
 
+from trt_razor.cli_arguments import Parser, build_arguments
 from trt_razor.engine import Engine
 from trt_razor.errors import RazorError
 from trt_razor.trtllm.cache_settings import read_settings
@@ -246,6 +247,10 @@ def test_what_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert part in command
     assert "--razor --heads h.json --min-window 128 --compression none" in razor
     assert "--razor" not in dense
+    for found in commands:  # every option is one that the command line has
+        parser = Parser()
+        build_arguments(parser)
+        assert parser.parse_args(found[4:]).tp_size == 2
     with pytest.raises(RazorError, match="razor: no GPU"):
         latency.build(args, "razor", tmp_path / "razor")
 

@@ -19,6 +19,7 @@ import torch
 from engine_folders import engine_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ngc"))
+import ngc_rig
 from ngc_model import (
     FAMILIES,
     MAX_SEQ_LEN,
@@ -32,6 +33,7 @@ from ngc_model import (
 )
 from ngc_rig import LIMIT, Outcome, check, read_outcome
 
+from trt_razor.cli_arguments import Parser, build_arguments, policy
 from trt_razor.policy import RazorPolicy
 from trt_razor.trtllm.cache_settings import read_settings
 
@@ -114,6 +116,26 @@ def test_what_the_comparison_accepts(model: NgcModel, oracle: Oracle) -> None:
     refused(tokens, far)
     with pytest.raises(AssertionError):
         check(outcome(tokens, right), [PROMPT], oracle, None, LIMIT)
+
+
+def test_the_build_command(
+    model: NgcModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option is one that the command line has; the policy is that of the reference."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(ngc_rig, "call", lambda command, *rest: commands.append(list(command)))
+    for razor in (False, True):
+        ngc_rig.build_engine(model, tmp_path, razor, 2, ["--kv-dtype", "fp8"])
+    for razor, command in enumerate(commands):
+        parser = Parser()
+        build_arguments(parser)
+        args = parser.parse_args(command[command.index("build") + 1 :])
+        assert (args.tp_size, args.kv_dtype, args.prefill_chunk) == (2, "fp8", 0)
+        assert args.max_seq_len == MAX_SEQ_LEN
+        assert args.razor == bool(razor)
+        if razor:
+            assert policy(args) == POLICY
+            assert model.heads == Path(args.heads)
 
 
 def test_wrong_tokens() -> None:

@@ -18,7 +18,6 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.checkpoint import WeightSource
 from trt_razor.models.positions import rope_table
-from trt_razor.models.spec import ModelSpec
 from trt_razor.policy import RazorPolicy
 from trt_razor.reference.attention import rotate
 from trt_razor.reference.cache import LayerCache, new_layer_caches
