@@ -32,7 +32,7 @@ CMAKE_ARGS = '-DCMAKE_CUDA_COMPILER=$(NVCC)' '-DCMAKE_MAKE_PROGRAM=$(NINJA)' \
 GPU_PYTHON ?= $(CURDIR)/$(BIN)/python
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint plugin resources resources-check test-gpu gpu-present clean
+.PHONY: demo test lint plugin resources resources-check test-gpu gpu-present test-ngc clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
@@ -70,6 +70,10 @@ test-gpu: gpu-present $(CUDA_TOOLS) $(BUILD_TOOLS) $(if $(findstring $(VENV),$(G
 	'$(CMAKE)' --preset gpu $(CMAKE_ARGS)
 	'$(CMAKE)' --build --preset gpu --parallel $(JOBS)
 	TRT_RAZOR_LIBRARY='$(CURDIR)/build/gpu/librazor.so' PYTHONPATH='$(CURDIR)' '$(GPU_PYTHON)' -m pytest -rs tests/gpu
+
+# Inside an NGC image with TensorRT-LLM: real engines, dense and Razor, in its executor (docs/ngc.md).
+test-ngc:
+	PYTHON='$(PYTHON)' tests/ngc/run.sh
 
 gpu-present:
 	@nvidia-smi -L 2>/dev/null || { echo "error: expected an NVIDIA GPU and its driver, nvidia-smi found none"; exit 1; }

@@ -215,9 +215,11 @@ def final_heads(head_map: HeadMap, backend: Backend, say: Callable[[str], None])
     equal = backend.heads(head_map)
     added = equal.num_retrieval - head_map.num_retrieval
     if added:
+        layers = " and every layer the same number" if backend.options.pp_size > 1 else ""
         say(
             f"heads: {added} added to the {head_map.num_retrieval} that retrieve, so that each of "
-            f"{backend.options.tp_size} ranks has equally many of a layer ({equal.share:.1%} in all)"
+            f"{backend.options.tp_size} ranks has equally many of a layer{layers} "
+            f"({equal.share:.1%} in all)"
         )
     return equal
 

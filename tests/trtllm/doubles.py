@@ -99,7 +99,7 @@ RELEASE_PACKAGES = ("tensorrt", "tensorrt_llm")
 
 @contextlib.contextmanager
 def installed(folder: Path, release: str) -> Iterator[Double]:
-    """The double of ``release`` importable in this process until the end; made in ``folder`` if need be."""
+    """The double of ``release`` in ``folder`` (made if need be), importable until the end."""
     if not (folder / "tensorrt_llm").exists():
         make(folder, release)
     variables = {"TRT_RAZOR_PLUGIN": str(folder / PLUGIN)}

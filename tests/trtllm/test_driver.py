@@ -20,11 +20,11 @@ from runtime_config import parse
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.checkpoint import random_checkpoint
-from trt_razor.trtllm import build_rank
+from trt_razor.trtllm import build_rank, driver
 from trt_razor.trtllm.arguments import BuildArguments, build_arguments
 from trt_razor.trtllm.checkpoint import convert_checkpoint
 from trt_razor.trtllm.driver import build_engines
-from trt_razor.trtllm.engine_config import TrtLlmOptions
+from trt_razor.trtllm.engine_config import RazorPlan, TrtLlmOptions
 from trt_razor.trtllm.engine_json import plan_of
 from trt_razor.trtllm.ranks import dense_layout, rank_layout
 from trt_razor.trtllm.release import LocalCache
@@ -178,6 +178,23 @@ def test_a_model_with_another_plan_is_refused(trtllm: doubles.Double, tmp_path: 
     assert sorted(os.listdir(output)) == UNTOUCHED
 
 
+def test_a_config_json_that_fails_its_check_leaves_nothing(
+    trtllm: doubles.Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(directory: Path, plan: RazorPlan) -> None:
+        assert (directory / "rank0.engine").stat().st_size > 0
+        raise RazorError("config.json: not as planned")
+
+    monkeypatch.setattr(driver, "finish", fail)
+    one = case()
+    (tmp_path / "config.json").write_text(json.dumps(one.config_json()))
+    output = staging(tmp_path / "out")
+    plan = one.plan(trtllm.release)
+    with pytest.raises(RazorError, match=r"^config\.json: not as planned"):
+        build_engines(tmp_path / "config.json", None, output, arguments(one.options), plan, quiet)
+    assert sorted(os.listdir(output)) == UNTOUCHED
+
+
 def test_what_the_model_refuses_is_wrong_use(trtllm: doubles.Double, tmp_path: Path) -> None:
     one = case(cache=LocalCache.SLOTS)
     plan = one.plan(trtllm.release)
@@ -288,6 +305,17 @@ def test_failures_are_one_line_and_leave_nothing(
     with pytest.raises(RazorError, match=message) as e:
         attempt(tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_what_tensorrt_llm_drops_is_not_left_in_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(tmp_path, "open('model.cache', 'w').close()\nraise RuntimeError('no')", monkeypatch)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RazorError, match=r"RuntimeError: no$"):
+        attempt(tmp_path)
+    assert os.listdir(tmp_path / "here") == []
 
 
 def test_all_that_was_printed_for_those_who_ask(

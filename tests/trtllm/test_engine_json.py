@@ -685,6 +685,15 @@ def test_other_ranks_than_planned_are_named(tmp_path: Path) -> None:
         check_engine_json(put(config, f"{P}.mapping.tp_size", 2), plan)
 
 
+def test_heads_that_ranks_cannot_share_are_named(tmp_path: Path) -> None:
+    """The runtime would round up, and read past the heads that a rank has."""
+    config, plan = finished(tmp_path, LocalCache.CYCLIC)
+    with pytest.raises(
+        RazorError, match=r"layer\[0\]: expected a positive multiple of tp_size = 2"
+    ):
+        check_engine_json(put(config, f"{P}.mapping.tp_size", 2), plan)
+
+
 def test_no_quantisation_has_two_spellings(tmp_path: Path) -> None:
     config, plan = finished(tmp_path, LocalCache.CYCLIC)
     spelled = put(config, f"{P}.quantization.kv_cache_quant_algo", "NO_QUANT")

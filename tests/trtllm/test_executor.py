@@ -384,9 +384,7 @@ def test_ranks_must_match(
 ) -> None:
     two = engine_folder(tmp_path / "two", trtllm.release, tp_size=2).path
     one = engine_folder(tmp_path / "one", trtllm.release).path
-    with pytest.raises(
-        UsageError, match=r"expected 2 processes .*, found 1; .*mpirun -n 2"
-    ):
+    with pytest.raises(UsageError, match=r"expected 2 processes .*, found 1; .*mpirun -n 2"):
         open_executor(two)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="expected 1 processes for this engine, found 2"):

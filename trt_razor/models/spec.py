@@ -130,12 +130,12 @@ _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DTYPES = ("float32", "float16", "bfloat16")
 # A config comes from an untrusted file: these bounds are far above any real model and keep every
 # size computed from it small enough to handle.
-_MAX_LAYERS = 1024
-_MAX_HEADS = 1024
-_MAX_HEAD_DIM = 1024
-_MAX_WIDTH = 1 << 20
-_MAX_VOCAB = 1 << 24
-_MAX_POSITIONS = 1 << 26
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_HEAD_DIM = 1024
+MAX_WIDTH = 1 << 20
+MAX_VOCAB = 1 << 24
+MAX_POSITIONS = 1 << 26
 _ABSENT: Any = object()
 
 
@@ -159,44 +159,44 @@ def spec_from_hf_config(
     """
     if not isinstance(config, Mapping):
         raise UsageError(f"{where}: expected a JSON object, found {type(config).__name__}")
-    c = _Fields(config, where)
+    c = ConfigFields(config, where)
     architecture = _architecture(c)
     _refuse_unsupported(c)
 
-    num_heads = c.integer("num_attention_heads", 1, _MAX_HEADS)
-    hidden_size = c.integer("hidden_size", 1, _MAX_WIDTH)
+    num_heads = c.integer("num_attention_heads", 1, MAX_HEADS)
+    hidden_size = c.integer("hidden_size", 1, MAX_WIDTH)
     num_kv_heads = num_heads
     if architecture != "baichuan" and c.get("num_key_value_heads", _ABSENT) is not None:
         default = _DEFAULT_KV_HEADS.get(architecture, num_heads)
-        num_kv_heads = c.integer("num_key_value_heads", 1, _MAX_HEADS, default)
+        num_kv_heads = c.integer("num_key_value_heads", 1, MAX_HEADS, default)
     if num_heads % num_kv_heads:
         c.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
 
     if c.get("head_dim") is not None:
-        head_dim = c.integer("head_dim", 1, _MAX_HEAD_DIM)
+        head_dim = c.integer("head_dim", 1, MAX_HEAD_DIM)
     elif architecture == "qwen3":
         head_dim = 128
     elif hidden_size % num_heads == 0:
         head_dim = hidden_size // num_heads
     else:
         c.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}", hidden_size)
-    if not 2 <= head_dim <= _MAX_HEAD_DIM or head_dim % 2:
-        c.fail("head_dim", f"an even number 2..{_MAX_HEAD_DIM}", head_dim)
+    if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        c.fail("head_dim", f"an even number 2..{MAX_HEAD_DIM}", head_dim)
 
-    vocab_size = c.integer("vocab_size", 2, _MAX_VOCAB)
-    num_layers = c.integer("num_hidden_layers", 1, _MAX_LAYERS)
+    vocab_size = c.integer("vocab_size", 2, MAX_VOCAB)
+    num_layers = c.integer("num_hidden_layers", 1, MAX_LAYERS)
     # Baichuan 13B is the ALiBi model of its family: it states model_max_length, not positions.
     alibi = architecture == "baichuan" and (
         hidden_size == 5120 or "max_position_embeddings" not in c
     )
     limit = "model_max_length" if alibi and "model_max_length" in c else "max_position_embeddings"
-    max_positions = c.integer(limit, 1, _MAX_POSITIONS)
+    max_positions = c.integer(limit, 1, MAX_POSITIONS)
     rope = RopeSpec()
     if not alibi:
         rope = _rope(c, max_positions)
         if rope.scaling == "yarn":
             reach = int(rope.original_max_positions * rope.factor)
-            max_positions = min(max(max_positions, reach), _MAX_POSITIONS)
+            max_positions = min(max(max_positions, reach), MAX_POSITIONS)
     window = _sliding_window(c, architecture, num_layers)
     if window is not None:
         max_positions = min(max_positions, window)
@@ -210,7 +210,7 @@ def spec_from_hf_config(
         architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        intermediate_size=c.integer("intermediate_size", 1, _MAX_WIDTH),
+        intermediate_size=c.integer("intermediate_size", 1, MAX_WIDTH),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -231,7 +231,7 @@ def spec_from_hf_config(
     )
 
 
-class _Fields:
+class ConfigFields:
     """Typed access to a config; every failure names the file, the field, expected and found."""
 
     def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "") -> None:
@@ -282,12 +282,12 @@ class _Fields:
         value = self.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool) or not -1 <= i < _MAX_VOCAB:
+            if not isinstance(i, int) or isinstance(i, bool) or not -1 <= i < MAX_VOCAB:
                 self.fail(name, "a token id or a list of them", value)
         return tuple(i for i in ids if i >= 0)  # -1 stands for "none" in some configs
 
 
-def _architecture(c: _Fields) -> str:
+def _architecture(c: ConfigFields) -> str:
     names = c.get("architectures")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(n, str) for n in names)
@@ -310,7 +310,7 @@ def _architecture(c: _Fields) -> str:
     return str(model_type)
 
 
-def _refuse_unsupported(c: _Fields) -> None:
+def _refuse_unsupported(c: ConfigFields) -> None:
     for name in ("quantization_config", "compression_config"):
         if c.get(name):
             raise UsageError(
@@ -325,7 +325,7 @@ def _refuse_unsupported(c: _Fields) -> None:
         c.fail("hidden_act", "'silu'", act)
 
 
-def _norm_head(c: _Fields, vocab_size: int) -> bool:
+def _norm_head(c: ConfigFields, vocab_size: int) -> bool:
     """Baichuan 2 normalises lm_head's rows, Baichuan 1 does not; nothing in the config says so."""
     if vocab_size == 125696 or "z_loss_weight" in c:
         return True
@@ -334,7 +334,7 @@ def _norm_head(c: _Fields, vocab_size: int) -> bool:
     c.fail("vocab_size", "64000 (Baichuan 1) or 125696 (Baichuan 2)", vocab_size)
 
 
-def _sliding_window(c: _Fields, architecture: str, num_layers: int) -> int | None:
+def _sliding_window(c: ConfigFields, architecture: str, num_layers: int) -> int | None:
     """Length of the sliding window that some layer uses, or None."""
     if architecture == "mistral":
         if c.get("sliding_window", 4096) is None:
@@ -346,23 +346,23 @@ def _sliding_window(c: _Fields, architecture: str, num_layers: int) -> int | Non
         if isinstance(layer_types, list):
             if "sliding_attention" not in layer_types:
                 return None
-        elif c.integer("max_window_layers", 0, _MAX_POSITIONS, 28) >= num_layers:
+        elif c.integer("max_window_layers", 0, MAX_POSITIONS, 28) >= num_layers:
             return None
         if c.get("sliding_window", 4096) is None:
             return None
     else:
         return None
-    return c.integer("sliding_window", 1, _MAX_POSITIONS, 4096)
+    return c.integer("sliding_window", 1, MAX_POSITIONS, 4096)
 
 
-def _rope(c: _Fields, max_positions: int) -> RopeSpec:
+def _rope(c: ConfigFields, max_positions: int) -> RopeSpec:
     name = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
     raw = c.get(name) or {}
     if not isinstance(raw, Mapping):
         c.fail(name, "an object", raw)
     if any(isinstance(v, Mapping) for v in raw.values()):
         c.fail(name, "one set of values for all layers", raw)
-    s = _Fields(raw, c.where, prefix=f"{name}.")
+    s = ConfigFields(raw, c.where, prefix=f"{name}.")
     holder = s if "partial_rotary_factor" in s else c
     partial = holder.number("partial_rotary_factor", 0.0, 1.0, 1.0)
     if partial != 1.0:
@@ -376,7 +376,7 @@ def _rope(c: _Fields, max_positions: int) -> RopeSpec:
     factor = s.number("factor", 1.0, 1e6)
     if kind == "linear":
         return RopeSpec(theta=theta, scaling="linear", factor=factor)
-    original = s.integer("original_max_position_embeddings", 1, _MAX_POSITIONS, max_positions)
+    original = s.integer("original_max_position_embeddings", 1, MAX_POSITIONS, max_positions)
     if kind == "llama3":
         low = s.number("low_freq_factor", 1e-3, 1e6)
         high = s.number("high_freq_factor", 1e-3, 1e6)
@@ -402,7 +402,7 @@ def _rope(c: _Fields, max_positions: int) -> RopeSpec:
     )
 
 
-def _yarn_attention_factor(s: _Fields, factor: float) -> float | None:
+def _yarn_attention_factor(s: ConfigFields, factor: float) -> float | None:
     """What multiplies cos and sin, if the config decides it; None = 0.1 ln(factor) + 1."""
     if s.get("attention_factor") is not None:
         return s.number("attention_factor", 1e-6, 1e6)

@@ -30,6 +30,7 @@ from trt_razor.trtllm.engine_config import (
     TrtLlmOptions,
     build_arguments,
     check_engine,
+    check_policy,
     plan_engine,
     razor_section,
 )
@@ -78,6 +79,8 @@ class TensorRtLlmBackend:
             spec, graph.max_seq_len, graph.dtype, self.options, release, razor, prefill_chunk=chunk
         )
         build_arguments(graph.max_seq_len, options.max_batch_size, self.options, chunk)
+        if razor:
+            check_policy(spec, graph.policy, graph.max_seq_len, graph.dtype, self.options, release)
         if graph.head_map is not None:
             self.plan(spec, options)
         if self.convert_only:
@@ -91,8 +94,9 @@ class TensorRtLlmBackend:
             _plugin()
 
     def heads(self, head_map: HeadMap) -> HeadMap:
-        """The head map that is built: every rank has equally many retrieval heads of a layer."""
-        return equalise(head_map, self.options.tp_size)
+        """The head map that is built: every rank has equally many retrieval heads of a layer, and with
+        pipeline stages every layer as many as the others."""
+        return equalise(head_map, self.options.tp_size, every_layer=self.options.pp_size > 1)
 
     def plan(self, spec: ModelSpec, options: EngineOptions) -> RazorPlan | None:
         """The plan of a Razor engine, its head map being one of ``heads``; None for a dense one."""

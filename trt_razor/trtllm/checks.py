@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from trt_razor.cache_layout import dtype_bytes
 from trt_razor.errors import UsageError
 from trt_razor.kernels.layer import DTYPES, HEAD_DIMS
 from trt_razor.models.spec import ModelSpec
 from trt_razor.planner import check_seq_len
+from trt_razor.policy import RazorPolicy
+from trt_razor.sharding import ceil_div
 from trt_razor.trtllm.options import KV_DTYPES, TrtLlmOptions
 from trt_razor.trtllm.ranks import check_ranks
 from trt_razor.trtllm.release import LocalCache, Release
@@ -30,6 +33,11 @@ def check_engine(
     """
     check_seq_len(spec, max_seq_len)
     check_ranks(spec, options.tp_size, razor)
+    if spec.intermediate_size % options.tp_size:
+        raise UsageError(
+            f"tp_size: expected a divisor of the MLP's {spec.intermediate_size} columns of "
+            f"'{spec.name}', found {options.tp_size}"
+        )
     if dtype not in DTYPES:
         raise UsageError(
             f"dtype: expected {' or '.join(DTYPES)} for --backend tensorrt-llm, found {dtype}"
@@ -79,6 +87,62 @@ def check_engine(
                 f"prefill_chunk: {prefill_chunk} with local heads in state slots: TensorRT-LLM reads "
                 "the prompts of hybrid models in one go; use --prefill-chunk 0, or TensorRT-LLM 1.0"
             )
+
+
+def check_policy(
+    spec: ModelSpec,
+    policy: RazorPolicy,
+    max_seq_len: int,
+    dtype: str,
+    options: TrtLlmOptions,
+    release: Release,
+) -> None:
+    """Refuse a policy that saves nothing, or whose state has no place, whatever the heads.
+
+    Raises:
+        UsageError: naming the option, the reason and the way out.
+    """
+    if policy.compression == 1 or policy.dropped(max_seq_len) == 0:
+        raise UsageError(
+            f"max_seq_len: {max_seq_len} tokens all fit into sinks and window, so nothing would be "
+            "compressed; raise --max-seq-len, lower --min-window, or build without --razor"
+        )
+    if spec.position == "alibi" and policy.comp_tokens > 1:
+        raise UsageError(
+            f"comp_tokens: {policy.comp_tokens} with ALiBi ({spec.name}): only 0 or 1 is defined there; "
+            "use --comp-tokens 1"
+        )
+    if (options.local_cache or release.default_cache) is not LocalCache.CYCLIC:
+        return
+    block = options.tokens_per_block
+    window = cyclic_window(policy, max_seq_len, block)
+    if window > max_seq_len:
+        raise UsageError(
+            f"max_seq_len: the window of local heads, {window} tokens in whole blocks of {block}, must not "
+            f"exceed it, found {max_seq_len}; raise --max-seq-len, lower --min-window or "
+            "--tokens-per-block, or build without --razor"
+        )
+    element = 1 if options.fp8 else dtype_bytes(dtype)
+    bubble = -policy.sink_tokens % block
+    room = bubble * spec.head_dim * element // (4 * (spec.head_dim + 2))
+    if policy.comp_tokens > room:
+        raise UsageError(
+            f"comp_tokens: at most {room} fit behind {policy.sink_tokens} sinks in a block of {block} "
+            f"tokens, found {policy.comp_tokens}; use fewer, a larger --tokens-per-block, or "
+            "--local-cache slots"
+        )
+    if policy.comp_tokens and policy.sink_tokens > block:
+        # The manager gives a prompt the blocks of its own tokens: a short one lacks the sinks' last.
+        raise UsageError(
+            f"sink_tokens: at most tokens_per_block = {block} with compensation tokens behind them, found "
+            f"{policy.sink_tokens}; use fewer, a larger --tokens-per-block, or --local-cache slots"
+        )
+
+
+def cyclic_window(policy: RazorPolicy, max_seq_len: int, tokens_per_block: int) -> int:
+    """W of local cache layers: sinks and a ring of whole blocks."""
+    ring = ceil_div(policy.ring_rows(max_seq_len), tokens_per_block) * tokens_per_block
+    return policy.sink_tokens + ring
 
 
 def _check_pipeline(spec: ModelSpec, options: TrtLlmOptions) -> None:

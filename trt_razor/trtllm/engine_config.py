@@ -24,7 +24,7 @@ from trt_razor.models.spec import ModelSpec
 from trt_razor.policy import RazorPolicy
 from trt_razor.sharding import ceil_div
 from trt_razor.trtllm.arguments import BuildArguments, build_arguments
-from trt_razor.trtllm.checks import check_engine
+from trt_razor.trtllm.checks import check_engine, check_policy, cyclic_window
 from trt_razor.trtllm.options import (
     KV_DTYPES,
     SECTION,
@@ -46,6 +46,7 @@ __all__ = [
     "TrtLlmOptions",
     "build_arguments",
     "check_engine",
+    "check_policy",
     "plan_engine",
     "razor_section",
     "shortest_cycle",
@@ -269,6 +270,7 @@ def plan_engine(
         spec, max_seq_len, dtype, options, release, razor=True, prefill_chunk=prefill_chunk
     )
     policy, heads = section.policy, spec.num_kv_heads // options.tp_size
+    check_policy(spec, policy, max_seq_len, dtype, options, release)
     _check_section(spec, section, options)
     cache = options.local_cache or release.default_cache
     cyclic = cache is LocalCache.CYCLIC
@@ -283,12 +285,6 @@ def plan_engine(
             f"head map: every KV head retrieves (after rounding up to equal counts on {options.tp_size} "
             "ranks), so there is nothing to compress; build without --razor, or with fewer ranks"
         )
-    if policy.compression == 1 or policy.dropped(max_seq_len) == 0:
-        raise UsageError(
-            f"max_seq_len: {max_seq_len} tokens all fit into sinks and window, so nothing would be "
-            "compressed; raise --max-seq-len, lower --min-window, or build without --razor"
-        )
-
     layers: list[LayerPlan] = []
     types: list[str] = []
     kinds: list[tuple[int, bool]] = []  # attention layers: heads of a rank, local?
@@ -308,7 +304,6 @@ def plan_engine(
             types.append("recurrent")
         layers.append(LayerPlan(r, local, full_row, local_row, state))
 
-    ring = policy.ring_rows(max_seq_len)
     element = 1 if options.fp8 else dtype_bytes(dtype)
     window = ring_bytes = comp_bytes = 0
     if cyclic:
@@ -319,7 +314,7 @@ def plan_engine(
                 f"{options.tokens_per_block}: TensorRT-LLM would reuse cached prompts; use --prefill-chunk 0, "
                 "or other --sink-tokens"
             )
-        window = _cyclic_window(spec, policy, max_seq_len, options, element, ring)
+        window = cyclic_window(policy, max_seq_len, options.tokens_per_block)
     else:
         most = max(layer.num_local for layer in layers)  # one size of slot for all layers
         ring_bytes = _aligned(2 * most * policy.local_rows(max_seq_len) * spec.head_dim * element)
@@ -374,45 +369,6 @@ def _check_section(spec: ModelSpec, section: RazorSection, options: TrtLlmOption
             f"local heads beside them; found {min(counts)}..{max(counts)} of {heads} on a rank; use "
             "--tp-size instead, or a head map with equal layers"
         )
-    if spec.position == "alibi" and section.policy.comp_tokens > 1:
-        raise UsageError(
-            f"comp_tokens: {section.policy.comp_tokens} with ALiBi ({spec.name}): only 0 or 1 is defined "
-            "there; use --comp-tokens 1"
-        )
-
-
-def _cyclic_window(
-    spec: ModelSpec,
-    policy: RazorPolicy,
-    max_seq_len: int,
-    options: TrtLlmOptions,
-    element: int,
-    ring: int,
-) -> int:
-    """W: sinks and a ring of whole blocks."""
-    block = options.tokens_per_block
-    window = policy.sink_tokens + ceil_div(ring, block) * block
-    if window > max_seq_len:
-        raise UsageError(
-            f"max_seq_len: the window of local heads, {window} tokens in whole blocks of {block}, must not "
-            f"exceed it, found {max_seq_len}; raise --max-seq-len, lower --min-window or "
-            "--tokens-per-block, or build without --razor"
-        )
-    bubble = -policy.sink_tokens % block
-    room = bubble * spec.head_dim * element // (4 * (spec.head_dim + 2))
-    if policy.comp_tokens > room:
-        raise UsageError(
-            f"comp_tokens: at most {room} fit behind {policy.sink_tokens} sinks in a block of {block} "
-            f"tokens, found {policy.comp_tokens}; use fewer, a larger --tokens-per-block, or "
-            "--local-cache slots"
-        )
-    if policy.comp_tokens and policy.sink_tokens > block:
-        # The manager gives a prompt the blocks of its own tokens: a short one lacks the sinks' last.
-        raise UsageError(
-            f"sink_tokens: at most tokens_per_block = {block} with compensation tokens behind them, found "
-            f"{policy.sink_tokens}; use fewer, a larger --tokens-per-block, or --local-cache slots"
-        )
-    return window
 
 
 def _aligned(nbytes: int) -> int:

@@ -13,15 +13,15 @@ from typing import Any
 
 from trt_razor.errors import UsageError
 from trt_razor.models.spec import (
-    _MAX_HEAD_DIM,
-    _MAX_HEADS,
-    _MAX_LAYERS,
-    _MAX_POSITIONS,
-    _MAX_VOCAB,
-    _MAX_WIDTH,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    ConfigFields,
     ModelSpec,
     RopeSpec,
-    _Fields,
 )
 from trt_razor.trtllm.options import SECTION, RazorSection, TrtLlmOptions
 
@@ -176,13 +176,13 @@ def spec_from_trtllm_config(config: Mapping[str, Any], name: str, where: str) ->
     """
     if not isinstance(config, Mapping):
         raise UsageError(f"{where}: expected a JSON object, found {type(config).__name__}")
-    c = _Fields(config, where)
+    c = ConfigFields(config, where)
     architecture = _architecture(c)
     _check_fixed(c, architecture)
     baichuan = architecture == "baichuan"
-    hidden_size = c.integer("hidden_size", 1, _MAX_WIDTH)
+    hidden_size = c.integer("hidden_size", 1, MAX_WIDTH)
     num_heads, num_kv_heads, head_dim = _heads(c, hidden_size, baichuan)
-    vocab_size = c.integer("vocab_size", 2, _MAX_VOCAB)
+    vocab_size = c.integer("vocab_size", 2, MAX_VOCAB)
     position = _position(c, head_dim, baichuan)
     dtype = c.get("dtype")
     if dtype not in ("float16", "bfloat16", "float32"):
@@ -191,14 +191,14 @@ def spec_from_trtllm_config(config: Mapping[str, Any], name: str, where: str) ->
     return ModelSpec(
         name=name,
         architecture=architecture,
-        num_layers=c.integer("num_hidden_layers", 1, _MAX_LAYERS),
+        num_layers=c.integer("num_hidden_layers", 1, MAX_LAYERS),
         hidden_size=hidden_size,
-        intermediate_size=c.integer("intermediate_size", 1, _MAX_WIDTH),
+        intermediate_size=c.integer("intermediate_size", 1, MAX_WIDTH),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=vocab_size,
-        max_positions=c.integer("max_position_embeddings", 1, _MAX_POSITIONS),
+        max_positions=c.integer("max_position_embeddings", 1, MAX_POSITIONS),
         rms_norm_eps=c.number("norm_epsilon", 1e-12, 1e-1, 1e-5),
         position=position,
         rope=RopeSpec() if baichuan else _rope(c),  # Baichuan's class knows no other base
@@ -212,7 +212,7 @@ def spec_from_trtllm_config(config: Mapping[str, Any], name: str, where: str) ->
     )
 
 
-def _architecture(c: _Fields) -> str:
+def _architecture(c: ConfigFields) -> str:
     found = c.get("architecture")
     if not isinstance(found, str) or found not in _ARCHITECTURES:
         c.fail("architecture", f"one of {', '.join(_ARCHITECTURES)}", found)
@@ -222,21 +222,21 @@ def _architecture(c: _Fields) -> str:
     return architecture
 
 
-def _heads(c: _Fields, hidden_size: int, baichuan: bool) -> tuple[int, int, int]:
+def _heads(c: ConfigFields, hidden_size: int, baichuan: bool) -> tuple[int, int, int]:
     """Attention heads, KV heads, head_dim."""
-    num_heads = num_kv_heads = c.integer("num_attention_heads", 1, _MAX_HEADS)
+    num_heads = num_kv_heads = c.integer("num_attention_heads", 1, MAX_HEADS)
     if c.get("num_key_value_heads") is not None:
-        num_kv_heads = c.integer("num_key_value_heads", 1, _MAX_HEADS)
+        num_kv_heads = c.integer("num_key_value_heads", 1, MAX_HEADS)
     if num_heads % num_kv_heads:
         c.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
     if c.get("head_size") is not None:
-        head_dim = c.integer("head_size", 2, _MAX_HEAD_DIM)
+        head_dim = c.integer("head_size", 2, MAX_HEAD_DIM)
     elif hidden_size % num_heads:
         c.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}", hidden_size)
     else:
         head_dim = hidden_size // num_heads
-    if not 2 <= head_dim <= _MAX_HEAD_DIM or head_dim % 2:
-        c.fail("head_size", f"an even number 2..{_MAX_HEAD_DIM}", head_dim)
+    if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        c.fail("head_size", f"an even number 2..{MAX_HEAD_DIM}", head_dim)
     # TensorRT-LLM's Baichuan takes neither of them from its config.
     if baichuan and num_kv_heads != num_heads:
         c.fail("num_key_value_heads", f"{num_heads} (no grouped heads in Baichuan)", num_kv_heads)
@@ -249,7 +249,7 @@ def _heads(c: _Fields, hidden_size: int, baichuan: bool) -> tuple[int, int, int]
     return num_heads, num_kv_heads, head_dim
 
 
-def _position(c: _Fields, head_dim: int, baichuan: bool) -> str:
+def _position(c: ConfigFields, head_dim: int, baichuan: bool) -> str:
     found = c.get("position_embedding_type")
     if baichuan and found == _POSITIONS["alibi"]:
         return "alibi"
@@ -261,7 +261,7 @@ def _position(c: _Fields, head_dim: int, baichuan: bool) -> str:
     return "rope"
 
 
-def _check_fixed(c: _Fields, architecture: str) -> None:
+def _check_fixed(c: ConfigFields, architecture: str) -> None:
     for name, value in _FIXED.items():
         if c.get(name) is not None and c.get(name) != value:
             c.fail(name, json.dumps(value), c.get(name))
@@ -275,14 +275,14 @@ def _check_fixed(c: _Fields, architecture: str) -> None:
         c.fail("moe", "a dense model (no mixture of experts)", moe or c.get("moe_num_experts"))
 
 
-def _rope(c: _Fields) -> RopeSpec:
+def _rope(c: ConfigFields) -> RopeSpec:
     theta = c.number("rotary_base", 2.0, 1e15, 10000.0)
     raw = c.get("rotary_scaling")
     if raw is None:
         return RopeSpec(theta)
     if not isinstance(raw, Mapping):
         c.fail("rotary_scaling", "an object or null", raw)
-    s = _Fields(raw, c.where, "rotary_scaling.")
+    s = ConfigFields(raw, c.where, "rotary_scaling.")
     kind = s.get("type", s.get("rope_type"))
     if kind in (None, "default", "none"):
         return RopeSpec(theta)
@@ -298,13 +298,13 @@ def _rope(c: _Fields) -> RopeSpec:
         theta,
         kind,
         s.number("factor", 1.0, 1e6),
-        s.integer("original_max_position_embeddings", 1, _MAX_POSITIONS),
+        s.integer("original_max_position_embeddings", 1, MAX_POSITIONS),
         low_freq_factor=low,
         high_freq_factor=high,
     )
 
 
-def _norm_head(c: _Fields, vocab_size: int) -> bool:
+def _norm_head(c: ConfigFields, vocab_size: int) -> bool:
     """Baichuan 2 has an lm_head with rows of length 1 (they are, in the rank files)."""
     version = c.get("model_version")
     if version is None and vocab_size in (64000, 125696):

@@ -126,7 +126,7 @@ class _Registry:
 
     @property
     def all_creators(self) -> list[RazorCreator]:
-        """TensorRT has its own plugins' creators in this list too."""
+        """Name seen in TensorRT-RTX, inferred for TensorRT, which lists its own plugins' creators too."""
         return list(self._creators.values())
 
     def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> Any:

@@ -3,8 +3,9 @@
 Read: fields and defaults of BuildConfig (1.0 has ``auto_parallel_config`` too), ``build``'s order of
 steps and its keyword call of prepare_inputs, ``update_kv_cache_type``, what is turned off for FP8
 caches, that the engine's config IS the model's, ``Engine.save``. Inferred: which of 1.2.x has a
-pydantic BuildConfig (the double takes keywords only, in all releases), how "speculative_decoding_mode"
-and ``lora_config`` look in config.json. Left out: multiple profiles, timing caches, weight streaming.
+pydantic BuildConfig (the double takes keywords only, in all releases), how "speculative_decoding_mode",
+``lora_config`` and ``auto_parallel_config`` look in config.json, and of ``update_kv_cache_type`` all but
+its defaults and that paged_state ends False for other architectures. Left out: multiple profiles, timing caches, weight streaming.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Parameter | Module):
-            self.__dict__.pop(name, None)  # a plain attribute of that name, such as None, goes
+            self.__dict__.pop(name, None)  # inferred: a plain attribute such as None goes
         if isinstance(value, Parameter):
             value.local_name = name
             self._parameters[name] = value

@@ -1,6 +1,6 @@
 """``PluginConfig`` and the workspace of the custom all-reduce.
 
-Read: names and defaults (the same in all releases). 1.0: a class with slots whose constructor takes
+Read: names and defaults (the same in all releases) of what ``_READ`` lists; the others are inferred. 1.0: a class with slots whose constructor takes
 nothing, ``to_dict``, ``from_dict``, ``update_from_dict`` ("enable"/"disable" there only), booleans
 asserted, unknown attributes AttributeErrors. 1.1 and 1.2: a pydantic model, unknown keywords ignored,
 unknown attributes ValueErrors, "enable"/"disable" anywhere, ``model_dump``, ``model_copy``.
@@ -64,6 +64,33 @@ _DEFAULTS: dict[str, Any] = {
     "use_fused_mlp": True,
     "pp_reduce_scatter": False,
 }
+_READ = [
+    "dtype",
+    "bert_attention_plugin",
+    "gpt_attention_plugin",
+    "gemm_plugin",
+    "nccl_plugin",
+    "lora_plugin",
+    "moe_plugin",
+    "mamba_conv1d_plugin",
+    "smooth_quant_plugins",
+    "context_fmha",
+    "paged_kv_cache",
+    "remove_input_padding",
+    "tokens_per_block",
+    "use_paged_context_fmha",
+    "use_fp8_context_fmha",
+    "fuse_fp4_quant",
+    "multiple_profiles",
+    "paged_state",
+    "streamingllm",
+    "manage_weights",
+    "use_fused_mlp",
+    "reduce_fusion",
+    "norm_quant_fusion",
+    "user_buffer",
+    "pp_reduce_scatter",
+]
 _SWITCH = {"enable": True, "disable": False}
 
 
