@@ -21,6 +21,7 @@ from trt_razor.trtllm.engine_config import (
     TrtLlmOptions,
     build_arguments,
     check_engine,
+    check_policy,
     plan_engine,
     razor_section,
     shortest_cycle,
@@ -682,3 +683,14 @@ def test_a_section_without_a_field_is_refused(name: str) -> None:
     del data[name]
     with pytest.raises(UsageError, match=rf"razor\.{name}: expected"):
         RazorSection.from_json(data)
+
+
+def test_chunks_without_a_bubble_are_refused() -> None:
+    """Only the bubble keeps TensorRT-LLM from reusing blocks when paged context attention is on."""
+    policy = RazorPolicy(32, 100, None, 0)
+    options = TrtLlmOptions(local_cache=LocalCache.CYCLIC)
+    asked = SPEC, policy, 4096, "float16", options, OLD
+    check_policy(*asked)
+    with pytest.raises(UsageError, match=r"prefill_chunk: 512 with 32 sinks, whole blocks of 32"):
+        check_policy(*asked, prefill_chunk=512)
+    check_policy(SPEC, policy.with_(sink_tokens=4), *asked[2:], prefill_chunk=512)

@@ -80,7 +80,9 @@ class TensorRtLlmBackend:
         )
         build_arguments(graph.max_seq_len, options.max_batch_size, self.options, chunk)
         if razor:
-            check_policy(spec, graph.policy, graph.max_seq_len, graph.dtype, self.options, release)
+            check_policy(
+                spec, graph.policy, graph.max_seq_len, graph.dtype, self.options, release, chunk
+            )
         if graph.head_map is not None:
             self.plan(spec, options)
         if self.convert_only:

@@ -96,6 +96,7 @@ def check_policy(
     dtype: str,
     options: TrtLlmOptions,
     release: Release,
+    prefill_chunk: int = 0,
 ) -> None:
     """Refuse a policy that saves nothing, or whose state has no place, whatever the heads.
 
@@ -130,6 +131,13 @@ def check_policy(
             f"comp_tokens: at most {room} fit behind {policy.sink_tokens} sinks in a block of {block} "
             f"tokens, found {policy.comp_tokens}; use fewer, a larger --tokens-per-block, or "
             "--local-cache slots"
+        )
+    if prefill_chunk and bubble == 0:
+        # Chunks need paged context attention, and only the bubble keeps the server from reusing blocks then.
+        raise UsageError(
+            f"prefill_chunk: {prefill_chunk} with {policy.sink_tokens} sinks, whole blocks of {block} tokens: "
+            "TensorRT-LLM would reuse cached prompts, whose dropped tokens are gone; use --prefill-chunk 0, "
+            "or sinks that are no multiple of --tokens-per-block"
         )
     if policy.comp_tokens and policy.sink_tokens > block:
         # The manager gives a prompt the blocks of its own tokens: a short one lacks the sinks' last.

@@ -270,7 +270,7 @@ def plan_engine(
         spec, max_seq_len, dtype, options, release, razor=True, prefill_chunk=prefill_chunk
     )
     policy, heads = section.policy, spec.num_kv_heads // options.tp_size
-    check_policy(spec, policy, max_seq_len, dtype, options, release)
+    check_policy(spec, policy, max_seq_len, dtype, options, release, prefill_chunk)
     _check_section(spec, section, options)
     cache = options.local_cache or release.default_cache
     cyclic = cache is LocalCache.CYCLIC

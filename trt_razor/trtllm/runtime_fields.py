@@ -100,7 +100,8 @@ _OPTIONAL: Mapping[str, Kind] = {
     "build_config.speculative_decoding_mode": ("1", lambda v: type(v) is int and v == 1),
     "build_config.lora_config.lora_target_modules": ("no modules", lambda v: v == []),
     "build_config.plugin_config.paged_state": _FLAG,
-    "build_config.plugin_config.manage_weights": _FLAG,
+    # Of --fast_build: weights apart from the network, which our layers have never been tried with.
+    "build_config.plugin_config.manage_weights": ("false", lambda v: v is False),
 }
 _ABSENT = object()
 
