@@ -251,7 +251,7 @@ def test_a_reused_prefix_is_refused(host: Host, name: str) -> None:
         (
             RazorPolicy(8, 11, None, 0),
             24,
-            "prefill_chunk: 24 with sink_tokens = 8, whole blocks of 8",
+            "prefill_chunk: 24 with 8 sinks, whole blocks of 8 tokens",
         ),
     ],
 )

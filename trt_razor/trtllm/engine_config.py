@@ -307,13 +307,6 @@ def plan_engine(
     element = 1 if options.fp8 else dtype_bytes(dtype)
     window = ring_bytes = comp_bytes = 0
     if cyclic:
-        if prefill_chunk and policy.sink_tokens % options.tokens_per_block == 0:
-            # Only a bubble keeps the manager from reusing cached prompts, whose rings are overwritten.
-            raise UsageError(
-                f"prefill_chunk: {prefill_chunk} with sink_tokens = {policy.sink_tokens}, whole blocks of "
-                f"{options.tokens_per_block}: TensorRT-LLM would reuse cached prompts; use --prefill-chunk 0, "
-                "or other --sink-tokens"
-            )
         window = cyclic_window(policy, max_seq_len, options.tokens_per_block)
     else:
         most = max(layer.num_local for layer in layers)  # one size of slot for all layers
