@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-_current: Any = None
+_defined: list[Any] = []
+"""Networks whose ``net_guard`` is open; the innermost one is the network of the moment."""
 
 
 def default_net() -> Any:
-    assert _current, "Use builder to create network first, and use `set_network` or `net_guard`"
-    return _current
+    assert _defined, "no network is being defined: enter net_guard(network)"
+    return _defined[-1]
 
 
 def default_trtnet() -> Any:
     return default_net().trt_network
 
 
-def set_network(network: Any) -> None:
-    global _current
-    _current = network
-
-
 @contextlib.contextmanager
 def net_guard(network: Any) -> Iterator[None]:
-    before = _current
-    set_network(network)
+    _defined.append(network)
     try:
         yield
     finally:
-        set_network(before)
+        _defined.pop()
+
+
+def keep(target: Any, arguments: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Double only: arguments of a constructor (its ``locals()``) become attributes of their names.
+
+    Args:
+        names: of those that the real class keeps; None = all.
+    """
+    for name in arguments if names is None else names:
+        if name not in ("self", "kwargs", "__class__"):
+            setattr(target, name, arguments[name])

@@ -100,11 +100,11 @@ def gpt_attention(
 ) -> tuple[Tensor, None]:
     if RELEASE < (1, 1) and attention_sinks is not None:
         raise TypeError("gpt_attention() got an unexpected keyword argument 'attention_sinks'")
-    assert host_request_types is not None
-    assert (alibi_slopes is not None) == position_embedding_type.is_alibi()
-    assert isinstance(max_context_length, int)
-    assert host_max_attention_window_sizes is not None
-    assert host_sink_token_length is not None
+    needed = (host_request_types, host_max_attention_window_sizes, host_sink_token_length)
+    require(all(tensor is not None for tensor in needed), "gpt_attention: an input is missing")
+    slopes = alibi_slopes is not None
+    require(slopes == position_embedding_type.is_alibi(), f"gpt_attention: ALiBi slopes: {slopes}")
+    require(isinstance(max_context_length, int), "gpt_attention: max_context_length is no number")
     require(past_key_value is None and not do_cross_attention, "paged self-attention only")
     quant = kv_cache_quant_mode.has_kv_cache_quant()
     inputs = [

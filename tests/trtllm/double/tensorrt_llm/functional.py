@@ -3,7 +3,7 @@
 Read (1.1 - 1.2 age): signature of Tensor, rules of ``dim_range``, the enumerations, ``cast``,
 AllReduceParams; ``gpt_attention`` and what belongs to positions have files of their own here
 (attention_plugin.py, positions.py). Signatures of the small tensor operations (split, concat, view,
-slice, shape, ...) are inferred from the public API documentation. Networks are strongly typed:
+shape, ...) are inferred from the public API documentation. Networks are strongly typed:
 operands of different dtypes are refused.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import tensorrt as trt
 from tensorrt.errors import require
 
-from ._common import default_net, default_trtnet
+from ._common import default_net, default_trtnet, keep
 from ._release import RELEASE
 from ._utils import str_dtype_to_trt, to_trt_dtype
 from .positions import (
@@ -59,15 +59,7 @@ class AllReduceParams:
         eps: float = 1e-06,
         enable_allreduce: bool = True,
     ) -> None:
-        self.strategy, self.fusion_op, self.bias, self.residual = (
-            strategy,
-            fusion_op,
-            bias,
-            residual,
-        )
-        self.norm_weight, self.scale, self.eps = norm_weight, scale, eps
-        self.norm_pre_residual_weight = norm_pre_residual_weight
-        self.enable_allreduce = enable_allreduce
+        keep(self, locals())
 
 
 class Tensor:
@@ -133,18 +125,12 @@ class Tensor:
         return split(self, split_size_or_sections, dim)
 
     def __add__(self, other: Any) -> Tensor:
-        return add(self, other)
-
-    def __sub__(self, other: Any) -> Tensor:
-        return _elementwise("sub", self, other)
+        return _elementwise("add", self, other)
 
     def __mul__(self, other: Any) -> Tensor:
-        return mul(self, other)
+        return _elementwise("mul", self, other)
 
     __radd__, __rmul__ = __add__, __mul__
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return _elementwise("div", self, other)
 
 
 def _create_tensor(trt_tensor: Any, producer: Any) -> Tensor:
@@ -167,12 +153,6 @@ def _record(
     dtype = inputs[0].dtype if dtype is None else dtype
     layer = default_trtnet().record(what, tensors, dtype, shape, origin, values)
     return _create_tensor(layer.get_output(0), layer)
-
-
-def constant(ndarray: np.ndarray, as_dtype: Any = None, as_shape: Any = None) -> Tensor:
-    dtype = as_dtype or str_dtype_to_trt(str(ndarray.dtype))
-    values = ndarray.reshape(-1).tolist() if ndarray.size <= 512 else None
-    return _record("constant", [], as_shape or ndarray.shape, dtype, values=values)
 
 
 def cast(input: Tensor, dtype: Any) -> Tensor:
@@ -267,54 +247,6 @@ def split(tensor: Tensor, split_size_or_sections: Any, dim: int = 0) -> list[Ten
     return out
 
 
-def slice(
-    input: Tensor,
-    starts: Any,
-    sizes: Any,
-    strides: Any = None,
-    mode: Any = None,
-    fill_value: Any = None,
-) -> Tensor:
-    new = _shape_values(sizes)
-    require(len(new) == input.ndim(), f"slice {input.shape} with sizes {new}")
-    for start, size, whole in zip(_shape_values(starts), new, input.shape, strict=True):
-        require(-1 in (start, size, whole) or start + size <= whole, f"slice {input.shape}: {new}")
-    return _record("slice", [input], new)
-
-
-def unsqueeze(input: Tensor, axis: int) -> Tensor:
-    out = list(input.shape)
-    out.insert(axis % (len(out) + 1), 1)
-    return _record("unsqueeze", [input], out, None, *_same_data(input))
-
-
-def squeeze(input: Tensor, dim: int, zero_is_placeholder: bool = False) -> Tensor:
-    out = list(input.shape)
-    require(out.pop(dim) == 1, f"squeeze {input.shape} in dimension {dim}")
-    return _record("squeeze", [input], out, None, *_same_data(input))
-
-
-def transpose(input: Tensor, dim0: int, dim1: int) -> Tensor:
-    out = list(input.shape)
-    out[dim0], out[dim1] = out[dim1], out[dim0]
-    return _record("transpose", [input], out)
-
-
-def permute(input: Tensor, dims: Sequence[int]) -> Tensor:
-    require(sorted(dims) == list(range(input.ndim())), f"permute {input.shape} by {dims}")
-    return _record("permute", [input], [input.shape[d] for d in dims])
-
-
-def select(input: Tensor, dim: int, index: Any) -> Tensor:
-    out = list(input.shape)
-    out.pop(dim)
-    return _record("select", [input], out)
-
-
-def identity(input: Tensor) -> Tensor:
-    return _record("identity", [input], input.shape, None, *_same_data(input))
-
-
 def _elementwise(what: str, left: Any, right: Any) -> Tensor:
     tensors = [t for t in (left, right) if isinstance(t, Tensor)]
     if len(tensors) == 1:  # a Python number becomes a constant of the same dtype
@@ -327,18 +259,6 @@ def _elementwise(what: str, left: Any, right: Any) -> Tensor:
         require(a == b or 1 in (a, b) or -1 in (a, b), f"{what}: {left.shape} and {right.shape}")
         out.append(b if a == 1 else a if b in (1, -1) else b)
     return _record(what, tensors, out)
-
-
-def add(left: Any, right: Any) -> Tensor:
-    return _elementwise("add", left, right)
-
-
-def mul(left: Any, right: Any) -> Tensor:
-    return _elementwise("mul", left, right)
-
-
-def div(left: Any, right: Any) -> Tensor:
-    return _elementwise("div", left, right)
 
 
 def clip(input: Tensor, alpha: float, beta: float) -> Tensor:
@@ -449,33 +369,22 @@ __all__ = [
     "RopeEmbeddingUtils",
     "RotaryScalingType",
     "Tensor",
-    "add",
     "allgather",
     "allreduce",
     "cast",
     "clip",
     "concat",
-    "constant",
-    "div",
     "embedding",
     "gather_last_token_logits",
     "generate_alibi_slopes",
     "gpt_attention",
-    "identity",
     "layer_norm",
     "matmul",
-    "mul",
-    "permute",
     "recv",
     "rms_norm",
-    "select",
     "send",
     "shape",
     "silu",
-    "slice",
     "split",
-    "squeeze",
-    "transpose",
-    "unsqueeze",
     "view",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorrt.errors import require
 
-from .._common import default_net
+from .._common import default_net, keep
 from ..functional import (
     AttentionMaskType,
     LayerNormType,
@@ -43,6 +43,39 @@ from .linear import ColumnLinear, RowLinear
 from .normalization import LayerNorm, RmsNorm
 
 _NO_QUANT = QuantMode(0)
+_KEPT = (
+    "local_layer_idx hidden_size num_layers dtype bias cross_attention attention_mask_type "
+    "max_position_embeddings original_max_position_embeddings position_embedding_type "
+    "apply_query_key_layer_scaling alibi_bias_max relative_attention max_distance num_buckets "
+    "use_logn_scaling quant_mode max_attn_value block_sparse_params skip_cross_kv clip_qkv "
+    "tp_group tp_size tp_rank cp_group cp_size cp_rank"
+).split()
+"""Arguments that are attributes under the same names."""
+_SCALES = (
+    "kv_cache_scaling_factor",
+    "attention_output_orig_quant_scale",
+    "attention_output_sf_scale",
+)
+_ROTARY = [f"rotary_embedding_{name}" for name in ("dim", "base", "scale_type", "scale")]
+_FROM_CACHE = (
+    "host_past_key_value_lengths",
+    "host_max_attention_window_sizes",
+    "host_sink_token_length",
+    "cache_indirection",
+    "kv_cache_block_offsets",
+    "host_kv_cache_block_offsets",
+    "host_kv_cache_pool_pointers",
+    "host_kv_cache_pool_mapping",
+)
+_FROM_REQUESTS = (
+    "sequence_length",
+    "context_lengths",
+    "host_context_lengths",
+    "max_context_length",
+    "host_request_types",
+    "host_runtime_perf_knobs",
+    "host_context_progress",
+)
 _CONST = ("embed_positions", "rotary_inv_freq", "embed_positions_for_gpt_attention")
 
 
@@ -100,57 +133,29 @@ class Attention(Module):
         use_logn_scaling: bool = False,
     ) -> None:
         super().__init__()
-        self.local_layer_idx = local_layer_idx
-        self.cross_attention = cross_attention
-        self.attention_mask_type = attention_mask_type
-        self.attention_head_size = attention_head_size or hidden_size // num_attention_heads
-        assert num_attention_heads % tp_size == 0, (
-            "num_attention_heads must be divisible by tp_size"
-        )
+        require(num_attention_heads % tp_size == 0, f"{num_attention_heads} heads, {tp_size} ranks")
+        keep(self, locals(), _KEPT)
+        head = self.attention_head_size = attention_head_size or hidden_size // num_attention_heads
         self.num_attention_heads = num_attention_heads // tp_size
         self.num_kv_heads = num_attention_heads if num_kv_heads is None else num_kv_heads
-        self.num_attention_kv_heads = (self.num_kv_heads + tp_size - 1) // tp_size
-        self.hidden_size = hidden_size
-        self.attention_hidden_size = self.attention_head_size * self.num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.original_max_position_embeddings = original_max_position_embeddings
-        self.bias, self.dtype = bias, dtype
+        self.num_attention_kv_heads = -(-self.num_kv_heads // tp_size)
+        self.attention_hidden_size = head * self.num_attention_heads
         self.dense_bias = bias if dense_bias is None else dense_bias
-        self.tp_group, self.tp_size, self.tp_rank = tp_group, tp_size, tp_rank
-        self.cp_group, self.cp_size, self.cp_rank = cp_group, cp_size, cp_rank
-        self.num_layers = num_layers
-        self.apply_query_key_layer_scaling = apply_query_key_layer_scaling
-        self.norm_factor = math.sqrt(self.attention_head_size)
-        self.q_scaling = q_scaling
-        if apply_query_key_layer_scaling:
-            self.norm_factor *= num_layers
-            self.q_scaling *= num_layers
-        self.position_embedding_type = position_embedding_type
-        self.scale_alibi_bias = position_embedding_type == PositionEmbeddingType.alibi_with_scale
-        self.alibi_bias_max = alibi_bias_max
-        self.relative_attention, self.max_distance = relative_attention, max_distance
-        self.num_buckets = num_buckets
-        self.use_logn_scaling = use_logn_scaling
-        self.quant_mode = quant_mode
-        self.max_attn_value, self.block_sparse_params = max_attn_value, block_sparse_params
-        self.skip_cross_kv = skip_cross_kv
-        self.clip_qkv = clip_qkv
+        layers = num_layers if apply_query_key_layer_scaling else 1
+        self.norm_factor, self.q_scaling = math.sqrt(head) * layers, q_scaling * layers
+        self.short_mscale, self.long_mscale = rope_scaling_short_mscale, rope_scaling_long_mscale
         self._set_rotary(
             rotary_embedding_base, rotary_embedding_scaling, rotary_embedding_percentage
         )
-        self.short_mscale, self.long_mscale = rope_scaling_short_mscale, rope_scaling_long_mscale
+        self.scale_alibi_bias = position_embedding_type == PositionEmbeddingType.alibi_with_scale
         if position_embedding_type.is_alibi():
+            scale = 1.0 / self.norm_factor if self.scale_alibi_bias else 1.0
             slopes = generate_alibi_slopes(
-                self.num_attention_heads * tp_size,
-                tp_size=tp_size,
-                tp_rank=tp_rank,
-                alibi_scale=1.0 / self.norm_factor if self.scale_alibi_bias else 1.0,
-                alibi_bias_max=alibi_bias_max,
+                num_attention_heads, tp_size, tp_rank, scale, alibi_bias_max
             )
             self.alibi_slopes = Parameter(slopes, dtype="float32", is_buffer=True)
-        for name in ("kv_cache_scaling_factor", "attention_output_orig_quant_scale"):
+        for name in _SCALES:
             self.register_parameter(name, None)
-        self.register_parameter("attention_output_sf_scale", None)
         self._make_layers(qk_layernorm, layernorm_type, layernorm_share, inner_layernorm, eps)
 
     def _set_rotary(self, base: float, scaling: dict[str, Any] | None, percentage: float) -> None:
@@ -233,71 +238,52 @@ class Attention(Module):
         all_reduce_params: Any = None,
         skip_attn: Any = None,
     ) -> Any:
-        assert isinstance(hidden_states, Tensor)
-        assert attention_params is not None
-        assert kv_cache_params is not None
-        net = default_net().plugin_config
-        slopes = None
-        if self.position_embedding_type.is_alibi():
-            slopes = cast(self.alibi_slopes.value, hidden_states.dtype)
+        require(isinstance(hidden_states, Tensor), f"hidden_states: {type(hidden_states).__name__}")
+        require(attention_params and kv_cache_params, "attention needs both kinds of parameters")
+        assert attention_params is not None and kv_cache_params is not None
+        plugins = default_net().plugin_config
+        plugin = plugins.gpt_attention_plugin
+        given = attention_params.is_valid(plugin, plugins.remove_input_padding, use_cache)
+        require(given, "attention_params: incomplete")
+        require(not use_cache or kv_cache_params.is_valid(plugin), "kv_cache_params: incomplete")
         qkv = self.qkv(hidden_states, None)
+        require(qkv.ndim() == 2, f"qkv: {qkv.shape}: packed tokens only")
         if self.clip_qkv is not None:
             qkv = clip(qkv, -self.clip_qkv, self.clip_qkv)
-        assert qkv.ndim() == 2
         if self.qk_layernorm:
             qkv = self._normalise(qkv)
-        assert attention_params.is_valid(
-            net.gpt_attention_plugin, net.remove_input_padding, use_cache
-        )
-        if use_cache:
-            assert kv_cache_params.is_valid(net.gpt_attention_plugin)
-        scales = (None, None)
+        inputs: dict[str, Any] = {name: getattr(kv_cache_params, name) for name in _FROM_CACHE}
+        inputs |= {name: getattr(attention_params, name) for name in _FROM_REQUESTS}
+        if self.position_embedding_type.is_alibi():
+            inputs["alibi_slopes"] = cast(self.alibi_slopes.value, hidden_states.dtype)
         if self.kv_cache_scaling_factor is not None:
-            scales = (self.kv_cache_rcp_scaling_factor.value, self.kv_cache_scaling_factor.value)
-        output_scale = self.attention_output_orig_quant_scale
+            inputs["kv_orig_quant_scale"] = self.kv_cache_rcp_scaling_factor.value
+            inputs["kv_quant_orig_scale"] = self.kv_cache_scaling_factor.value
+        if self.attention_output_orig_quant_scale is not None:
+            scale = self.attention_output_orig_quant_scale.value
+            inputs["attention_output_orig_quant_scale"] = scale
         context, past = gpt_attention(
             qkv=qkv,
             past_key_value=kv_cache_params.get_first_past_key_value(),
             attention_mask=attention_mask,
-            sequence_length=attention_params.sequence_length,
-            host_past_key_value_lengths=kv_cache_params.host_past_key_value_lengths,
-            host_max_attention_window_sizes=kv_cache_params.host_max_attention_window_sizes,
-            host_sink_token_length=kv_cache_params.host_sink_token_length,
-            context_lengths=attention_params.context_lengths,
-            cache_indirection=kv_cache_params.cache_indirection,
-            host_request_types=attention_params.host_request_types,
             layer_idx=self.local_layer_idx,
             num_heads=self.num_attention_heads,
             num_kv_heads=self.num_attention_kv_heads,
             num_kv_heads_origin=self.num_kv_heads,
             hidden_size_per_head=self.attention_head_size,
             q_scaling=self.q_scaling,
-            rotary_embedding_dim=self.rotary_embedding_dim,
-            rotary_embedding_base=self.rotary_embedding_base,
-            rotary_embedding_scale_type=self.rotary_embedding_scale_type,
-            rotary_embedding_scale=self.rotary_embedding_scale,
             rotary_embedding_max_positions=self.max_position_embeddings,
             position_embedding_type=self.position_embedding_type,
             rotary_inv_freq=attention_params.rotary_inv_freq,
             rotary_cos_sin=attention_params.embed_positions_for_gpt_attention,
-            kv_orig_quant_scale=scales[0],
-            kv_quant_orig_scale=scales[1],
-            attention_output_orig_quant_scale=output_scale and output_scale.value,
             kv_cache_quant_mode=self.quant_mode,
-            max_context_length=attention_params.max_context_length,
             mask_type=self.attention_mask_type,
-            alibi_slopes=slopes,
             tp_size=self.tp_size,
             tp_rank=self.tp_rank,
-            kv_cache_block_offsets=kv_cache_params.kv_cache_block_offsets,
-            host_kv_cache_block_offsets=kv_cache_params.host_kv_cache_block_offsets,
-            host_kv_cache_pool_pointers=kv_cache_params.host_kv_cache_pool_pointers,
-            host_kv_cache_pool_mapping=kv_cache_params.host_kv_cache_pool_mapping,
-            host_context_lengths=attention_params.host_context_lengths,
             use_cache=use_cache,
-            host_runtime_perf_knobs=attention_params.host_runtime_perf_knobs,
-            host_context_progress=attention_params.host_context_progress,
             skip_attn=skip_attn,
+            **inputs,
+            **{name: getattr(self, name) for name in _ROTARY},
         )
         if self.inner_layernorm is not None:
             context = self.inner_layernorm(context)

@@ -1,56 +1,48 @@
 """``Linear`` (also called ColumnLinear) and ``RowLinear``.
 
 Read (1.0 age): parameters and their order, attributes, weights [out, in] of a rank, ``forward``'s
-keywords, bias cast to the input's dtype. Parameters of RowLinear after ``tp_size`` are inferred.
+keywords, bias cast to the input's dtype, RowLinear's added after the sum over ranks. Parameters of
+RowLinear after ``tp_size`` are inferred.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .._common import default_net
+from tensorrt.errors import require
+
 from ..functional import Tensor, allgather, allreduce, cast, matmul
 from ..module import Module
 from ..parameter import Parameter
 
 
-class LinearBase(Module):
+class _Projection(Module):
+    """A rank's part of a weight, ``rows`` x ``columns``, and the bias if there is one."""
+
     def __init__(
-        self,
-        local_in_features: int,
-        local_out_features: int,
-        bias: bool = True,
-        dtype: str | None = None,
-        tp_group: list[int] | None = None,
-        tp_size: int = 1,
+        self, rows: int, columns: int, bias: bool, dtype: Any, group: Any, size: int
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = local_in_features, local_out_features
-        self.dtype, self.tp_group, self.tp_size = dtype, tp_group, tp_size
-        self.weight = Parameter(shape=(self.out_features, self.in_features), dtype=dtype)
-        if bias:
-            self.bias = Parameter(shape=(self.out_features,), dtype=dtype)
-        else:
-            self.register_parameter("bias", None)
-        self.lora = None
-        self.dora = None
+        self.out_features, self.in_features = rows, columns
+        self.dtype, self.tp_group, self.tp_size = dtype, group, size
+        self.weight = Parameter(shape=(rows, columns), dtype=dtype)
+        self.register_parameter("bias", Parameter(shape=(rows,), dtype=dtype) if bias else None)
+        self.lora = self.dora = None
 
-    def collect_and_bias(self, x: Tensor, **kwargs: Any) -> Tensor:
-        raise NotImplementedError
+    @property
+    def _shared(self) -> bool:
+        """Whether other ranks have the other parts."""
+        return self.tp_size > 1 and self.tp_group is not None
 
-    def forward(
-        self,
-        x: Tensor,
-        lora_runtime_params: Any = None,
-        lora_hidden_state: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if default_net().plugin_config.lora_plugin and lora_runtime_params is not None:
-            raise NotImplementedError("LoRA is not in the double")
-        return self.collect_and_bias(matmul(x, self.weight.value, transb=True), **kwargs)
+    def _product(self, x: Tensor, lora: Any) -> Tensor:
+        require(lora is None, "LoRA is not in the double")
+        return matmul(x, self.weight.value, transb=True)
+
+    def _biased(self, x: Tensor) -> Tensor:
+        return x if self.bias is None else x + cast(self.bias.value, x.dtype)
 
 
-class Linear(LinearBase):
+class Linear(_Projection):
     """Columns of the output are divided over the ranks."""
 
     def __init__(
@@ -69,22 +61,21 @@ class Linear(LinearBase):
         prefer_managed_weight: bool = True,
         is_qkv: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features // tp_size, bias, dtype, tp_group, tp_size)
+        super().__init__(out_features // tp_size, in_features, bias, dtype, tp_group, tp_size)
         self.gather_output, self.is_qkv = gather_output, is_qkv
-        self.tp_dim = 0
 
-    def collect_and_bias(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if self.bias is not None:
-            x = x + cast(self.bias.value, x.dtype)
-        if self.gather_output and self.tp_size > 1 and self.tp_group is not None:
-            x = allgather(x, self.tp_group, gather_dim=-1)
-        return x
+    def forward(
+        self, x: Tensor, lora_runtime_params: Any = None, lora_hidden_state: Any = None
+    ) -> Tensor:
+        out = self._biased(self._product(x, lora_runtime_params))
+        gather = self.gather_output and self._shared
+        return allgather(out, self.tp_group, gather_dim=-1) if gather else out
 
 
 ColumnLinear = Linear
 
 
-class RowLinear(LinearBase):
+class RowLinear(_Projection):
     """Columns of the input are divided over the ranks, whose results are summed."""
 
     def __init__(
@@ -100,13 +91,16 @@ class RowLinear(LinearBase):
         prefer_managed_weight: bool = True,
         is_expert: bool = False,
     ) -> None:
-        super().__init__(in_features // tp_size, out_features, bias, dtype, tp_group, tp_size)
-        self.tp_dim = 1
-        self.is_expert = is_expert
+        super().__init__(out_features, in_features // tp_size, bias, dtype, tp_group, tp_size)
 
-    def collect_and_bias(self, x: Tensor, all_reduce_params: Any = None) -> Tensor:  # type: ignore[override]
-        if self.tp_size > 1 and self.tp_group is not None:
-            x = allreduce(x, self.tp_group, all_reduce_params=all_reduce_params)
-        if self.bias is not None:
-            x = x + cast(self.bias.value, x.dtype)
-        return x
+    def forward(
+        self,
+        x: Tensor,
+        lora_runtime_params: Any = None,
+        lora_hidden_state: Any = None,
+        all_reduce_params: Any = None,
+    ) -> Tensor:
+        out = self._product(x, lora_runtime_params)
+        if self._shared:
+            out = allreduce(out, self.tp_group, all_reduce_params=all_reduce_params)
+        return self._biased(out)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._common import keep
 from ..functional import Tensor, layer_norm, rms_norm
 from ..module import Module
 from ..parameter import Parameter
 
 
-class LayerNorm(Module):
+class _Norm(Module):
+    """``normalized_shape``, given as a number or as sizes, is kept as a tuple."""
+
+    def _add(self, name: str, present: bool) -> None:
+        """A weight of the normalised shape, or None under its name."""
+        weight = Parameter(shape=self.normalized_shape, dtype=self.dtype) if present else None
+        self.register_parameter(name, weight)
+
+    def _operands(self, shape: Any, *names: str) -> tuple[Any, ...]:
+        weights = (getattr(self, name) for name in names)
+        return shape or self.normalized_shape, *(w and w.value for w in weights)
+
+
+class LayerNorm(_Norm):
     def __init__(
         self,
         normalized_shape: Any,
@@ -21,21 +35,16 @@ class LayerNorm(Module):
         tp_dim: int = -1,
     ) -> None:
         super().__init__()
-        if isinstance(normalized_shape, int):
-            normalized_shape = (normalized_shape,)
-        self.normalized_shape = tuple(normalized_shape)
+        self.normalized_shape = _sizes(normalized_shape)
         self.eps, self.dtype, self.tp_size, self.tp_dim = eps, dtype, tp_size, tp_dim
-        shape = self.normalized_shape
-        self.weight = Parameter(shape=shape, dtype=dtype)
-        self.register_parameter("bias", Parameter(shape=shape, dtype=dtype) if bias else None)
+        self._add("weight", elementwise_affine)
+        self._add("bias", elementwise_affine and bias)
 
     def forward(self, x: Tensor, normalized_shape: Any = None) -> Tensor:
-        bias = None if self.bias is None else self.bias.value
-        shape = self.normalized_shape if normalized_shape is None else normalized_shape
-        return layer_norm(x, shape, self.weight.value, bias, self.eps)
+        return layer_norm(x, *self._operands(normalized_shape, "weight", "bias"), self.eps)
 
 
-class RmsNorm(Module):
+class RmsNorm(_Norm):
     def __init__(
         self,
         normalized_shape: Any,
@@ -45,15 +54,14 @@ class RmsNorm(Module):
         dtype: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(normalized_shape, int):
-            normalized_shape = (normalized_shape,)
-        self.normalized_shape = tuple(normalized_shape)
-        self.elementwise_affine, self.num_groups = elementwise_affine, num_groups
-        self.eps, self.dtype = eps, dtype
-        weight = Parameter(shape=self.normalized_shape, dtype=dtype) if elementwise_affine else None
-        self.register_parameter("weight", weight)
+        keep(self, locals())
+        self.normalized_shape = _sizes(normalized_shape)
+        self._add("weight", elementwise_affine)
 
     def forward(self, x: Tensor, normalized_shape: Any = None) -> Tensor:
-        weight = None if self.weight is None else self.weight.value
-        shape = self.normalized_shape if normalized_shape is None else normalized_shape
+        shape, weight = self._operands(normalized_shape, "weight")
         return rms_norm(x, shape, self.num_groups, weight, self.eps)
+
+
+def _sizes(shape: Any) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
