@@ -14,13 +14,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tensorrt as trt
 from tensorrt.errors import require
 
 from ._common import default_net, default_trtnet, keep
 from ._release import RELEASE
-from ._utils import str_dtype_to_trt, to_trt_dtype
+from ._utils import to_trt_dtype
 from .positions import (
     AttentionMaskType,
     PositionEmbeddingType,

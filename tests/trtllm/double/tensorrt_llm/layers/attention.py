@@ -44,12 +44,13 @@ from .normalization import LayerNorm, RmsNorm
 
 _NO_QUANT = QuantMode(0)
 _KEPT = (
-    "local_layer_idx hidden_size num_layers dtype bias cross_attention attention_mask_type "
-    "max_position_embeddings original_max_position_embeddings position_embedding_type "
-    "apply_query_key_layer_scaling alibi_bias_max relative_attention max_distance num_buckets "
-    "use_logn_scaling quant_mode max_attn_value block_sparse_params skip_cross_kv clip_qkv "
-    "tp_group tp_size tp_rank cp_group cp_size cp_rank"
-).split()
+    "local_layer_idx", "hidden_size", "num_layers", "dtype", "bias", "cross_attention",
+    "attention_mask_type", "max_position_embeddings", "original_max_position_embeddings",
+    "position_embedding_type", "apply_query_key_layer_scaling", "alibi_bias_max",
+    "relative_attention", "max_distance", "num_buckets", "use_logn_scaling", "quant_mode",
+    "max_attn_value", "block_sparse_params", "skip_cross_kv", "clip_qkv", "tp_group", "tp_size",
+    "tp_rank", "cp_group", "cp_size", "cp_rank",
+)  # fmt: skip
 """Arguments that are attributes under the same names."""
 _SCALES = (
     "kv_cache_scaling_factor",
@@ -227,8 +228,8 @@ class Attention(Module):
         use_cache: bool = False,
         spec_decoding_params: Any = None,
         mrope_params: Any = None,
-        kv_cache_params: KeyValueCacheParams | None = None,
-        attention_params: AttentionParams | None = None,
+        kv_cache_params: Any = None,
+        attention_params: Any = None,
         encoder_output: Any = None,
         position_embedding: Any = None,
         norm_before_bmm1: bool = False,
@@ -240,7 +241,6 @@ class Attention(Module):
     ) -> Any:
         require(isinstance(hidden_states, Tensor), f"hidden_states: {type(hidden_states).__name__}")
         require(attention_params and kv_cache_params, "attention needs both kinds of parameters")
-        assert attention_params is not None and kv_cache_params is not None
         plugins = default_net().plugin_config
         plugin = plugins.gpt_attention_plugin
         given = attention_params.is_valid(plugin, plugins.remove_input_padding, use_cache)

@@ -26,23 +26,37 @@ from ..top_model_mixin import TopModelMixin
 from .generation_mixin import GenerationMixin, KVCacheType
 from .pretrained_config import PretrainedConfig as PretrainedConfig
 from .pretrained_config import QuantConfig as QuantConfig
-from .pretrained_config import kv_trt_dtype
 from .weights import preprocess_weights
 
 
-class PostInitCaller(type):
+_REQUEST_INPUTS = (
+    "sequence_length",
+    "context_lengths",
+    "host_context_lengths",
+    "host_request_types",
+    "host_runtime_perf_knobs",
+    "host_context_progress",
+)
+_CACHE_INPUTS = (
+    "past_key_value",
+    "host_past_key_value_lengths",
+    "host_max_attention_window_sizes",
+    "host_sink_token_length",
+    "kv_cache_block_offsets",
+    "host_kv_cache_block_offsets",
+    "host_kv_cache_pool_pointers",
+    "host_kv_cache_pool_mapping",
+    "cache_indirection",
+)
+
+
+class _PostInit(type):
     """Calls ``__post_init__`` when the whole constructor, also of subclasses, has run."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        obj = super().__call__(*args, **kwargs)
-        obj.__post_init__()
-        return obj
-
-
-def get_kv_cache_type_from_legacy(use_cache: bool, paged_kv_cache: bool | None) -> KVCacheType:
-    if not use_cache:
-        return KVCacheType.DISABLED
-    return KVCacheType.PAGED if paged_kv_cache else KVCacheType.CONTINUOUS
+        model = super().__call__(*args, **kwargs)
+        model.__post_init__()
+        return model
 
 
 def optimize_model(model: Any, use_parallel_embedding: bool = False, **passes: bool) -> Any:
@@ -57,7 +71,12 @@ def optimize_model(model: Any, use_parallel_embedding: bool = False, **passes: b
     return model
 
 
-class PretrainedModel(Module, GenerationMixin, TopModelMixin, metaclass=PostInitCaller):
+def _cache_type(use_cache: bool, paged: bool | None) -> KVCacheType:
+    kinds = (KVCacheType.CONTINUOUS, KVCacheType.PAGED)
+    return kinds[bool(paged)] if use_cache else KVCacheType.DISABLED
+
+
+class PretrainedModel(Module, GenerationMixin, TopModelMixin, metaclass=_PostInit):
     config_class: Any = PretrainedConfig
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -100,18 +119,16 @@ class PretrainedModel(Module, GenerationMixin, TopModelMixin, metaclass=PostInit
         required = {name for name, p in parameters.items() if not p.is_inited()}
         if any(name.endswith("vocab_embedding.weight") for name in weights):
             required.discard("lm_head.weight")  # tied
-        missing = required - set(weights)
+        missing, unknown = required - set(weights), set(weights) - set(parameters)
         if missing:
-            raise RuntimeError(f"Required but not provided tensors:{missing}")
-        extra = set(weights) - set(parameters)
-        if extra:
-            logger.warning(f"Provided but not required tensors: {extra}")
-        for name, value in weights.items():
-            if name in parameters:
-                try:
-                    parameters[name].value = value
-                except Exception as e:
-                    raise RuntimeError(f"Encounter error '{e}' for parameter '{name}'") from e
+            raise RuntimeError(f"no tensor in the file for {sorted(missing)}")
+        if unknown:
+            logger.warning(f"tensors in the file that the model has not: {sorted(unknown)}")
+        for name in weights.keys() & parameters.keys():
+            try:
+                parameters[name].value = weights[name]
+            except AssertionError as e:
+                raise RuntimeError(f"{name}: {e}") from e
 
     def prepare_inputs(
         self,
@@ -144,8 +161,8 @@ class PretrainedModel(Module, GenerationMixin, TopModelMixin, metaclass=PostInit
             num_kv_heads=config.num_key_value_heads,
             head_size=config.head_size,
             num_layers=num_hidden_layers or config.num_hidden_layers,
-            kv_dtype=kv_trt_dtype(config),
-            kv_cache_type=get_kv_cache_type_from_legacy(use_cache, plugins.paged_kv_cache),
+            kv_dtype=str_dtype_to_trt(config.kv_dtype),
+            kv_cache_type=_cache_type(use_cache, plugins.paged_kv_cache),
             remove_input_padding=plugins.remove_input_padding,
             use_gpt_attention_plugin=bool(plugins.gpt_attention_plugin),
             use_gemm_plugin=bool(plugins.gemm_plugin),
@@ -168,32 +185,13 @@ class PretrainedModel(Module, GenerationMixin, TopModelMixin, metaclass=PostInit
             pp_reduce_scatter=plugins.pp_reduce_scatter,
             mrope_rotary_cos_sin_size=mrope_rotary_cos_sin_size,
         )
-        result = {
-            "input_ids": inputs["input_ids"],
-            "position_ids": inputs["position_ids"],
+        requests = {name: inputs[name] for name in _REQUEST_INPUTS}
+        caches = {name: inputs[name] for name in _CACHE_INPUTS}
+        names = ("input_ids", "position_ids", "last_token_ids", "attention_mask")
+        result = {name: inputs[name] for name in names} | {
             "use_cache": use_cache,
-            "last_token_ids": inputs["last_token_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "kv_cache_params": KeyValueCacheParams(
-                past_key_value=inputs["past_key_value"],
-                host_past_key_value_lengths=inputs["host_past_key_value_lengths"],
-                host_max_attention_window_sizes=inputs["host_max_attention_window_sizes"],
-                host_sink_token_length=inputs["host_sink_token_length"],
-                kv_cache_block_offsets=inputs["kv_cache_block_offsets"],
-                host_kv_cache_block_offsets=inputs["host_kv_cache_block_offsets"],
-                host_kv_cache_pool_pointers=inputs["host_kv_cache_pool_pointers"],
-                host_kv_cache_pool_mapping=inputs["host_kv_cache_pool_mapping"],
-                cache_indirection=inputs["cache_indirection"],
-            ),
-            "attention_params": AttentionParams(
-                sequence_length=inputs["sequence_length"],
-                context_lengths=inputs["context_lengths"],
-                host_context_lengths=inputs["host_context_lengths"],
-                max_context_length=max_input_len,
-                host_request_types=inputs["host_request_types"],
-                host_runtime_perf_knobs=inputs["host_runtime_perf_knobs"],
-                host_context_progress=inputs["host_context_progress"],
-            ),
+            "kv_cache_params": KeyValueCacheParams(**caches),
+            "attention_params": AttentionParams(max_context_length=max_input_len, **requests),
         }
         if inputs["hidden_states_input"] is not None:
             result["hidden_states"] = inputs["hidden_states_input"]
@@ -222,29 +220,34 @@ class DecoderLayerList(ModuleList):
         vision_token_mask: Any = None,
     ) -> Any:
         kv_cache_params.fill_none_tensor_list(len(self.layer_list))
-        optional = {
-            "position_ids": position_ids,
-            "vision_token_mask": vision_token_mask,
-            "spec_decoding_params": spec_decoding_params,
-            "mrope_params": mrope_params,
-        }
-        kwargs = {name: value for name, value in optional.items() if value is not None}
-        presents = []
         shared = dict(vars(kv_cache_params))
+        caches = shared.pop("past_key_value")
+        optional = _given(
+            position_ids=position_ids,
+            vision_token_mask=vision_token_mask,
+            spec_decoding_params=spec_decoding_params,
+            mrope_params=mrope_params,
+        )
+        presents = []
         # Not strict: a short list of past caches drops layers without a word.
-        for layer, past in zip(self, kv_cache_params.past_key_value, strict=False):
+        for layer, cache in zip(self, caches, strict=False):
             hidden_states = layer(
                 hidden_states,
                 use_cache=use_cache,
                 attention_mask=attention_mask,
-                kv_cache_params=KeyValueCacheParams(**{**shared, "past_key_value": [past]}),
+                kv_cache_params=KeyValueCacheParams(past_key_value=[cache], **shared),
                 attention_params=attention_params,
-                **kwargs,
+                **optional,
             )
             if use_cache:
-                presents.append(hidden_states[1])
-                hidden_states = hidden_states[0]
+                hidden_states, present = hidden_states
+                presents.append(present)
         return (hidden_states, presents) if use_cache else hidden_states
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None: not every family's layers take all of them."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 class DecoderModelForCausalLM(PretrainedModel):
@@ -252,7 +255,6 @@ class DecoderModelForCausalLM(PretrainedModel):
         super().__init__(config)
         self.transformer = transformer
         self.lm_head = lm_head
-        self.mup_width_multiplier = getattr(config, "mup_width_multiplier", None)
         Attention.create_attention_const_params(self, config)
         self.position_embedding_type = config.position_embedding_type
 
@@ -273,31 +275,26 @@ class DecoderModelForCausalLM(PretrainedModel):
         lora_params: Any = None,
         spec_decoding_params: Any = None,
     ) -> Any:
-        mapping = self.config.mapping
-        attention_params = Attention.fill_attention_params(self, attention_params)
-        optional = {
-            "hidden_states": hidden_states,
-            "mrope_params": mrope_params,
-            "spec_decoding_params": spec_decoding_params,
-        }
-        hidden_states = self.transformer(
+        out = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=use_cache,
             attention_mask=attention_mask,
             kv_cache_params=kv_cache_params,
-            attention_params=attention_params,
-            **{name: value for name, value in optional.items() if value is not None},
+            attention_params=Attention.fill_attention_params(self, attention_params),
+            **_given(
+                hidden_states=hidden_states,
+                mrope_params=mrope_params,
+                spec_decoding_params=spec_decoding_params,
+            ),
         )
-        presents: Any = None
-        if use_cache:
-            hidden_states, presents = hidden_states
-        if not mapping.is_last_pp_rank():
-            hidden_states.mark_output("hidden_states_output", self.config.dtype)
-            return (hidden_states, presents) if use_cache else hidden_states
-        if last_token_ids is not None:
-            packed = default_net().plugin_config.remove_input_padding
-            hidden_states = gather_last_token_logits(hidden_states, last_token_ids, packed)
-        logits = self.lm_head(hidden_states)
-        logits.mark_output("logits", self.config.logits_dtype)
-        return (logits, presents) if use_cache else logits
+        out, presents = out if use_cache else (out, None)
+        if self.config.mapping.is_last_pp_rank():
+            if last_token_ids is not None:
+                packed = default_net().plugin_config.remove_input_padding
+                out = gather_last_token_logits(out, last_token_ids, packed)
+            out = self.lm_head(out)
+            out.mark_output("logits", self.config.logits_dtype)
+        else:
+            out.mark_output("hidden_states_output", self.config.dtype)
+        return (out, presents) if use_cache else out

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .._common import keep
 from .._release import RELEASE
-from .._utils import str_dtype_to_trt
 from ..functional import PositionEmbeddingType
 from ..logger import logger
 from ..mapping import Mapping
@@ -86,33 +86,24 @@ class PretrainedConfig:
         runtime_defaults: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.architecture, self.dtype, self.hidden_size = architecture, dtype, hidden_size
-        self.vocab_size, self.hidden_act, self.logits_dtype = vocab_size, hidden_act, logits_dtype
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.norm_epsilon = norm_epsilon
+        keep(self, locals())
         if isinstance(position_embedding_type, str):
-            position_embedding_type = PositionEmbeddingType.from_string(position_embedding_type)
-        self.position_embedding_type = position_embedding_type
-        self.max_position_embeddings = max_position_embeddings
+            self.position_embedding_type = PositionEmbeddingType.from_string(
+                position_embedding_type
+            )
+        if not isinstance(mapping, Mapping):
+            self.mapping = Mapping.from_dict(mapping or {})
+        if not isinstance(quantization, QuantConfig):
+            self.quantization = QuantConfig(**(quantization or {}))
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.intermediate_size = intermediate_size or 4 * hidden_size
-        mapping = {} if mapping is None else mapping
-        self.mapping = Mapping.from_dict(mapping) if isinstance(mapping, dict) else mapping
-        quantization = {} if quantization is None else quantization
-        is_dict = isinstance(quantization, dict)
-        self.quantization = QuantConfig(**quantization) if is_dict else quantization
-        self.use_parallel_embedding = use_parallel_embedding
-        self.embedding_sharding_dim = embedding_sharding_dim
         self.head_size = head_size or hidden_size // num_attention_heads
-        self.qk_layernorm = qk_layernorm
-        self.runtime_defaults = runtime_defaults
-        for key, value in kwargs.items():
-            setattr(self, key, value)
-            logger.warning(f"Implicitly setting {type(self).__name__}.{key} = {value}")
+        keep(self, kwargs)
+        if kwargs:
+            logger.warning(f"{type(self).__name__}: fields it does not know: {sorted(kwargs)}")
         if rotary_embedding_dim is None:
-            percentage = getattr(self, "rotary_pct", 1.0)
-            rotary_embedding_dim = getattr(self, "rotary_dim", int(self.head_size * percentage))
-        self.rotary_embedding_dim = rotary_embedding_dim
+            rotated = int(self.head_size * getattr(self, "rotary_pct", 1.0))
+            self.rotary_embedding_dim = getattr(self, "rotary_dim", rotated)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Any:
@@ -142,12 +133,8 @@ class PretrainedConfig:
 
     @property
     def kv_dtype(self) -> str:
-        mode = self.quant_mode
-        if mode.has_int8_kv_cache():
-            return "int8"
-        if mode.has_fp8_kv_cache():
-            return "fp8"
-        return "fp4" if mode.has_fp4_kv_cache() else self.dtype
+        names = {"INT8": "int8", "FP8": "fp8", "NVFP4": "fp4"}
+        return names.get(self.quantization.kv_cache_quant_algo, self.dtype)
 
     @property
     def quant_mode(self) -> QuantMode:
@@ -159,18 +146,3 @@ class PretrainedConfig:
 
     def set_rank(self, rank: int) -> None:
         self.mapping.rank = rank
-
-    def set_if_not_exist(self, key: str, value: Any) -> None:
-        if not hasattr(self, key):
-            setattr(self, key, value)
-
-    def for_each_rank(self) -> Any:
-        for rank in range(self.mapping.world_size):
-            config = copy.deepcopy(self)
-            config.set_rank(rank)
-            yield config
-
-
-def kv_trt_dtype(config: PretrainedConfig) -> Any:
-    """Double only."""
-    return str_dtype_to_trt(config.kv_dtype)
