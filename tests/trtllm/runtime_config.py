@@ -99,7 +99,7 @@ class ModelConfig:
         """
         given = told or list(self.default_windows or ()) or [self.max_seq_len]
         if min(given) <= 0:
-            raise LoadError("max_attention_window: must be positive")
+            raise LoadError("max_attention_window: below 1")
         given = [min(w, self.max_seq_len) for w in given]
         first = sum(len(self.local_layers("attention", r)) for r in range(rank))
         count = len(self.local_layers("attention", rank))
@@ -113,13 +113,13 @@ class ModelConfig:
         """
         wanted = [i for i, kind in enumerate(self.layer_types) if kind == "recurrent"]
         if self.pp_size > 1 and wanted:
-            raise LoadError("state slots: index out of range with pipeline stages")
+            raise LoadError("state slots in several pipeline stages")
         return [(f"conv_state_ptr_{i}", f"rnn_state_ptr_{i}") for i in wanted]
 
     def state_shapes(self, max_sequences: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """conv_state (dtype of the model) and rnn_state (float32) of a rank."""
         if self.rnn is None:
-            raise LoadError("RnnStateManager should be used with rnnConfig")
+            raise LoadError("no sizes of states")
         layers = len(self.local_layers("recurrent"))
         conv = (layers, max_sequences, self.rnn.conv_kernel - 1, self.rnn.rnn_conv_dim_size)
         return conv, (layers, max_sequences, self.rnn.state_size, self.rnn.rnn_hidden_size)
@@ -141,17 +141,14 @@ class ModelConfig:
         as_transformer = self.transformer_based and self.attention_plugin and self.packed and paged
         as_rnn = self.rnn_based and self.mamba_plugin and self.packed and self.paged_state
         if not (as_transformer or as_rnn):
-            raise LoadError(
-                "in-flight batching requires the attention or the Mamba plugin, packed input and a "
-                "paged cache"
-            )
+            raise LoadError("no in-flight batching with these plugins, input and cache")
         if self.rnn_based:
             if not self.paged_state:
-                raise LoadError("RnnStateManager should be used with paged state")
+                raise LoadError("states that are not paged")
             if not self.mamba_plugin:
-                raise LoadError("RnnStateManager should be used with MambaConv1dPlugin")
+                raise LoadError("states without mamba_conv1d_plugin")
             if self.max_beam_width != 1:
-                raise LoadError("beam search is not supported")
+                raise LoadError("states with beams")
             self.state_inputs()
         if self.packed and self.context_fmha:
             longest = self.max_num_tokens or 0
@@ -175,7 +172,7 @@ _MISSING = object()
 def _need(data: dict[str, Any], name: str, kind: type, where: str) -> Any:
     """A field that must be there."""
     if name not in data:
-        raise ParseError(f"{where}{name}: key not found")
+        raise ParseError(f"{where}{name}: absent")
     return _is(data[name], kind, f"{where}{name}")
 
 
@@ -194,7 +191,7 @@ def _optional(data: dict[str, Any], name: str, kind: type) -> Any:
 
 def _is(value: Any, kind: type, name: str) -> Any:
     if type(value) is not kind:
-        raise ParseError(f"{name}: type must be {kind.__name__}, but is {type(value).__name__}")
+        raise ParseError(f"{name}: {type(value).__name__}, not {kind.__name__}")
     if kind is int and not -(1 << 31) <= value < 1 << 31:
         raise ParseError(f"{name}: {value} is no 32-bit integer")
     return value
@@ -261,7 +258,7 @@ def _model(config: dict[str, Any], build: dict[str, Any], plugins: dict[str, Any
 
     dtype = _need(config, "dtype", str, at)
     if dtype not in ("float32", "float16", "bfloat16"):
-        raise ParseError(f"{at}dtype: model data type '{dtype}' not supported")
+        raise ParseError(f"{at}dtype: {dtype}")
     num_layers = _need(config, "num_hidden_layers", int, at)
     num_heads = _need(config, "num_attention_heads", int, at) // ranks
     vocab_size = _need(config, "vocab_size", int, at)
@@ -279,12 +276,11 @@ def _model(config: dict[str, Any], build: dict[str, Any], plugins: dict[str, Any
     kv_heads = per_layer or [max(all_layers // ranks, 1)] * attention
     if len(kv_heads) != attention:
         raise ParseError(
-            f"{at}num_kv_heads_per_layer: length {len(kv_heads)} must match number of attention "
-            f"layers {attention}"
+            f"{at}num_kv_heads_per_layer: {len(kv_heads)} counts, {attention} attention layers"
         )
     logits = _or(config, "logits_dtype", str, "float32", at)
     if logits not in ("float32", "float16"):
-        raise ParseError(f"{at}logits_dtype: unsupported logits data type {logits}")
+        raise ParseError(f"{at}logits_dtype: {logits}")
     quantization = _need(config, "quantization", dict, at)
     kv_algorithm = _optional(quantization, "kv_cache_quant_algo", str)
     if kv_algorithm not in (None, "FP8", "INT8", "NVFP4"):
@@ -307,18 +303,18 @@ def _model(config: dict[str, Any], build: dict[str, Any], plugins: dict[str, Any
 
     lora = _need(build, "lora_config", dict, bt)
     if _optional(lora, "lora_target_modules", list) and len(set(kv_heads)) > 1:
-        raise ParseError(f"{bt}lora_config: LoRA with unequal KV heads is not supported")
+        raise ParseError(f"{bt}lora_config: adapters on layers with unequal KV heads")
     packed = _need(plugins, "remove_input_padding", bool, pt)
     max_num_tokens = _optional(build, "max_num_tokens", int)
     if packed and max_num_tokens is None:
-        raise ParseError(f"{bt}max_num_tokens: padding removal requires it to be set")
+        raise ParseError(f"{bt}max_num_tokens: absent, with packed input")
     cache_type = _or(build, "kv_cache_type", str, "continuous", bt).upper()
     if cache_type not in ("CONTINUOUS", "PAGED", "DISABLED"):
-        raise ParseError(f"{bt}kv_cache_type: invalid '{cache_type}'")
+        raise ParseError(f"{bt}kv_cache_type: {cache_type}")
     if _need(plugins, "paged_kv_cache", bool, pt):
         cache_type = "PAGED"
     if "gpt_attention_plugin" not in plugins or "lora_plugin" not in plugins:
-        raise ParseError(f"{pt}gpt_attention_plugin, lora_plugin: key not found")
+        raise ParseError(f"{pt}gpt_attention_plugin, lora_plugin: absent")
     return ModelConfig(
         name=architecture,
         variant=variant,

@@ -301,7 +301,7 @@ def test_a_clamped_window_is_refused(
     if trtllm.release == "1.0.0":
         assert "expected the windows {68, 256}" in str(e.value)
     else:
-        assert "Attention window too large" in str(e.value)
+        assert "a window does not fit" in str(e.value)
     assert "0x7f" not in str(e.value)  # the stack trace stays out
     if trtllm.release == "1.0.0":
         with pytest.raises(RazorError, match=r"too small: maxAttentionWindowVec too large"):
@@ -350,7 +350,7 @@ def test_an_error_of_one_request_cancels_the_others(
     with open_executor(folder.path) as executor:
         double = bindings(trtllm).opened[-1]
         double._build["max_num_tokens"] = 50
-        with pytest.raises(RazorError, match=r"request 2: Prompt length exceeds max_num_tokens"):
+        with pytest.raises(RazorError, match=r"request 2: prompt longer than max_num_tokens$"):
             executor.run([Request([1] * 9, 9), Request([1] * 60, 9)])
         assert double._active == double._waiting == []
         assert len(executor.run([Request([1], 2)])[0].tokens) == 2

@@ -165,6 +165,7 @@ def pool_report(
     return PoolReport(settings, pools, slots, source)
 
 
+# What TensorRT-LLM 1.0 - 1.2 logs, "seconday" included.
 _POOL_LINE = re.compile(r"\[windowSize=(\d+)\] \{\.primaryBlocks=(\d+), \.second\w*Blocks=(\d+)\}")
 _MEMORY_LINE = re.compile(r"Allocated ([\d.]+) GiB for max tokens in paged KV cache \((\d+)\)")
 _CLAMP_LINE = re.compile(r"maxAttentionWindowVec too large to fit.*")

@@ -5,7 +5,8 @@ steps and its keyword call of prepare_inputs, ``update_kv_cache_type``, what is 
 caches, that the engine's config IS the model's, ``Engine.save``. Inferred: which of 1.2.x has a
 pydantic BuildConfig (the double takes keywords only, in all releases), how "speculative_decoding_mode",
 ``lora_config`` and ``auto_parallel_config`` look in config.json, and of ``update_kv_cache_type`` all but
-its defaults and that paged_state ends False for other architectures. Left out: multiple profiles, timing caches, weight streaming.
+its defaults and that paged_state ends False for other architectures. Left out: multiple profiles, timing
+caches, weight streaming.
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ class Mapping:
         self.rank = rank
         ranks = self.tp_size * self.pp_size * self.cp_size
         if world_size != ranks:
-            raise ValueError(
-                f"world_size must equal to tp_size * pp_size * cp_size, but got {world_size} != {ranks}"
-            )
+            raise ValueError(f"world_size {world_size} for {ranks} ranks of tp, pp and cp")
 
     @property
     def rank(self) -> int:
@@ -53,7 +51,7 @@ class Mapping:
     @rank.setter
     def rank(self, rank: int) -> None:
         if not isinstance(rank, int) or not 0 <= rank < self.world_size:
-            raise ValueError(f"Rank should be in 0..{self.world_size - 1}, but got {rank}")
+            raise ValueError(f"rank {rank} of {self.world_size}")
         self._rank = rank
         self.tp_rank = rank % self.tp_size
         self.pp_rank = rank // self.tp_size
@@ -62,12 +60,6 @@ class Mapping:
         self.tp_group = list(range(first, first + self.tp_size))
         self.pp_group = list(range(self.tp_rank, self.world_size, self.tp_size))
         self.cp_group = [rank]
-
-    def has_tp(self) -> bool:
-        return self.tp_size > 1
-
-    def has_pp(self) -> bool:
-        return self.pp_size > 1
 
     def is_first_pp_rank(self) -> bool:
         return self.pp_rank == 0

@@ -8,7 +8,7 @@ under its first name; names of layers are fixed at the first top-level call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ._common import default_net
@@ -19,7 +19,6 @@ class Module:
     def __init__(self) -> None:
         self._modules: dict[str, Module] = {}
         self._parameters: dict[str, Parameter | None] = {}
-        self._network_outputs: dict[str, Any] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -60,13 +59,14 @@ class Module:
     def named_modules(
         self, memo: set[int] | None = None, prefix: str = ""
     ) -> Iterator[tuple[str, Module]]:
-        memo = set() if memo is None else memo
-        if id(self) in memo:
+        seen = set() if memo is None else memo
+        if id(self) in seen:
             return
-        memo.add(id(self))
+        seen.add(id(self))
         yield prefix, self
+        dotted = f"{prefix}." if prefix else ""
         for name, child in self._modules.items():
-            yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name)
+            yield from child.named_modules(seen, dotted + name)
 
     def named_modules_with_parent(self) -> Iterator[tuple[str, str, Module, Module]]:
         """(full name, name in the parent, child, parent) of every module but this one."""
@@ -77,31 +77,17 @@ class Module:
     def modules(self) -> Iterator[Module]:
         return (module for _, module in self.named_modules())
 
-    def named_children(self) -> Iterator[tuple[str, Module]]:
-        return iter(list(self._modules.items()))
-
-    def children(self) -> Iterator[Module]:
-        return iter(list(self._modules.values()))
-
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        memo: set[int] = set()
+        first: dict[int, tuple[str, Parameter]] = {}
         for prefix, module in self.named_modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in memo:
-                    memo.add(id(parameter))
-                    yield (f"{prefix}.{name}" if prefix else name), parameter
+                if parameter is not None:
+                    full = f"{prefix}.{name}" if prefix else name
+                    first.setdefault(id(parameter), (full, parameter))
+        yield from first.values()
 
     def parameters(self) -> Iterator[Parameter]:
         return (parameter for _, parameter in self.named_parameters())
-
-    def apply(self, fn: Callable[[Module], Any]) -> Module:
-        for child in self.children():
-            child.apply(fn)
-        fn(self)
-        return self
-
-    def register_network_output(self, name: str, value: Any) -> None:
-        self._network_outputs[name] = value
 
 
 class ModuleList(Module):

@@ -68,10 +68,7 @@ class Parameter:
     @value.setter
     def value(self, value: Any) -> None:
         if tuple(value.shape) != self._shape:
-            raise AssertionError(
-                f"The value updated is not the same shape as the original. Updated: "
-                f"{tuple(value.shape)}, original: {self._shape}"
-            )
+            raise AssertionError(f"shape {tuple(value.shape)} for a weight of {self._shape}")
         if str_dtype_to_trt(_dtype_name(value)) != self._dtype:
             logger.warning(f"dtype {_dtype_name(value)} where {trt_dtype_to_str(self._dtype)} was")
             self._dtype = str_dtype_to_trt(_dtype_name(value))

@@ -21,7 +21,7 @@ class _FromString(enum.IntEnum):
         try:
             return cls[name]
         except KeyError:
-            raise ValueError(f"Unsupported {cls.__name__}: {name}") from None
+            raise ValueError(f"{name!r} is no {cls.__name__}") from None
 
     def __str__(self) -> str:
         return self.name

@@ -37,6 +37,17 @@ opened: list = []
 """Every executor of this process, for tests to look into."""
 
 
+_STACK = "\n1  0x7f [stack]"
+"""Errors from C++ go on with a stack trace; TensorRT-LLM's words themselves are not mirrored."""
+
+
+class _Refusal(RuntimeError):
+    """What the bindings make of an error in C++."""
+
+    def __init__(self, text):
+        super().__init__(f"[TensorRT-LLM][ERROR] {text}{_STACK}")
+
+
 class ModelType(enum.Enum):
     ENCODER_ONLY = 0
     DECODER_ONLY = 1
@@ -111,10 +122,7 @@ class KvCacheConfig:
         if sink_token_length is not None:
             _typed(sink_token_length, int, "sink_token_length")
         if free_gpu_memory_fraction is not None and not 0 < free_gpu_memory_fraction < 1:
-            raise RuntimeError(
-                f"Invalid freeMemFraction, freeMemFraction ({free_gpu_memory_fraction}) must be "
-                "smaller than 1.0f"
-            )
+            raise RuntimeError(f"free_gpu_memory_fraction: {free_gpu_memory_fraction}")
         self.enable_block_reuse = enable_block_reuse
         self.max_tokens = max_tokens
         self.max_attention_window = max_attention_window
@@ -314,7 +322,7 @@ class Request:
             raise TypeError("input_token_ids: incompatible constructor arguments")
         _typed(max_tokens, int, "max_tokens")
         if not input_token_ids or max_tokens < 1:
-            raise RuntimeError("[TensorRT-LLM][ERROR] Assertion failed: empty request")
+            raise _Refusal("a request without tokens")
         self.input_token_ids, self.max_tokens = input_token_ids, max_tokens
         self.streaming, self.end_id = streaming, end_id
         self.output_config = output_config or OutputConfig()
@@ -385,28 +393,17 @@ class Executor:
         self.rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
         for rank in range(self.world):
             if not (folder / f"rank{rank}.engine").is_file():
-                raise RuntimeError(
-                    f"[TensorRT-LLM][ERROR] Assertion failed: Error opening engine file: rank{rank}"
-                    ".engine\n1  0x7f [stack]"
-                )
+                raise _Refusal(f"no file rank{rank}.engine")
         if "razor" in self._pretrained:
             _need_plugin()
         self._hybrid = "recurrent" in self._pretrained.get("layer_types", [])
         if self._hybrid and executor_config.enable_chunked_context:
-            raise RuntimeError(
-                "[TensorRT-LLM][ERROR] RNN based model doesn't support Chunked Context now."
-            )
+            raise _Refusal("chunked context in a hybrid model")
         plugins = self._build["plugin_config"]
         if executor_config.enable_chunked_context and not plugins["use_paged_context_fmha"]:
-            raise RuntimeError(
-                "[TensorRT-LLM][ERROR] Chunked context requires context FMHA, paged kv_cache and paged "
-                "context FMHA all enabled at the same time."
-            )
+            raise _Refusal("chunked context without paged context attention")
         if (executor_config.max_batch_size or 0) > self._build["max_batch_size"]:
-            raise RuntimeError(
-                "[TensorRT-LLM][ERROR] Runtime configured max batch size "
-                f"({executor_config.max_batch_size}) must not exceed engine max batch size"
-            )
+            raise _Refusal(f"max_batch_size {executor_config.max_batch_size} of the executor")
         self.max_batch_size = executor_config.max_batch_size or self._build["max_batch_size"]
         self.blocks = self._make_pools()
         kv = executor_config.kv_cache_config
@@ -429,7 +426,7 @@ class Executor:
         windows = [min(told[i % len(told)], longest) for i in range(len(heads))]
         sinks = kv.sink_token_length or 0
         if sinks and RELEASE >= (1, 1):
-            raise RuntimeError("[TensorRT-LLM][ERROR] Assertion failed: streamLLM is not supported")
+            raise _Refusal("sinks in a cache that is not cyclic")
         self._bubble = -sinks % self._tpb
         element = 1 if pre["quantization"].get("kv_cache_quant_algo") == "FP8" else 2
         per_token = {}
@@ -454,10 +451,8 @@ class Executor:
         if list(clamped) != list(blocks):
             text = f"Old: {list(blocks)}, New: {list(clamped)}"
             if getattr(self.config, "fail_fast_on_attention_window_too_large", False):
-                raise RuntimeError(
-                    "[TensorRT-LLM][ERROR] Attention window too large to fit even a single sequence in "
-                    f"the KV cache. Failing fast rather than attempting an adjustment. {text}\n1 0x7f"
-                )
+                raise _Refusal(f"a window does not fit. {text}")
+            # These lines are the real ones, as far as cache_settings.py looks for them.
             _log(
                 "[TensorRT-LLM][WARNING] maxAttentionWindowVec too large to fit at least one sequence in "
                 f"kvCache. {text}"
@@ -490,7 +485,7 @@ class Executor:
     def enqueue_request(self, request):
         _typed(request, Request, "request")
         if not self.can_enqueue_requests() or self.shut_down:
-            raise RuntimeError("[TensorRT-LLM][ERROR] Assertion failed: cannot enqueue requests")
+            raise _Refusal("requests on a rank that does not lead, or after the end")
         request_id, self._next = self._next, self._next + 1
         self._waiting.append(_Sequence(request_id, request, time.monotonic()))
         return request_id
@@ -532,21 +527,21 @@ class Executor:
         if len(request.input_token_ids) + request.max_tokens > self._build["max_seq_len"]:
             sequence.rows = None
             return [
-                Response(sequence.id, error_msg="Prompt length exceeds maximum\n1 0x7f [stack]")
+                Response(sequence.id, error_msg=f"{sequence.id}: longer than max_seq_len{_STACK}")
             ]
         if (
             len(request.input_token_ids) > self._build["max_num_tokens"]
             and not self.config.enable_chunked_context
         ):
             sequence.rows = None
-            return [Response(sequence.id, error_msg="Prompt length exceeds max_num_tokens")]
+            return [Response(sequence.id, error_msg="prompt longer than max_num_tokens")]
         token = next_token(sequence.tokens, self._pretrained["vocab_size"])
         sequence.tokens.append(token)
         now = time.monotonic()
         sequence.first = sequence.first or now
         if out.return_generation_logits:
             if not self.config.gather_generation_logits:
-                raise RuntimeError("[TensorRT-LLM][ERROR] Assertion failed: generation logits")
+                raise _Refusal("generation logits that are not gathered")
             sequence.rows.append(logits_of(token, self._pretrained["vocab_size"]))
         ended = token == request.end_id
         final = ended or sequence.generated >= request.max_tokens
@@ -641,10 +636,7 @@ def _need_plugin():
     import tensorrt
 
     if tensorrt.get_plugin_registry().get_creator("RazorGptAttention", "1", "trt_razor") is None:
-        raise RuntimeError(
-            "[TensorRT-LLM][ERROR] IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Cannot find "
-            "plugin: RazorGptAttention, version: 1, namespace: trt_razor)"
-        )
+        raise _Refusal("engine needs the plugin RazorGptAttention, which is not registered")
 
 
 def _typed(value, kind, name):

@@ -56,7 +56,7 @@ def build_model(
 ) -> Engine:
     config = copy.deepcopy(model_config)
     if RELEASE >= (1, 1):
-        assert not build_config.plugin_config.streamingllm, "StreamingLLM is no longer supported"
+        assert not build_config.plugin_config.streamingllm, "streamingllm"
     config.set_rank(rank)
     model_cls = model_cls or MODEL_MAP[config.architecture]
     if ckpt_dir is None:

@@ -28,7 +28,6 @@ from .pretrained_config import PretrainedConfig as PretrainedConfig
 from .pretrained_config import QuantConfig as QuantConfig
 from .weights import preprocess_weights
 
-
 _REQUEST_INPUTS = (
     "sequence_length",
     "context_lengths",

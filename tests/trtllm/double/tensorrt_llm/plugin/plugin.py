@@ -1,7 +1,7 @@
 """``PluginConfig`` and the workspace of the custom all-reduce.
 
-Read: names and defaults (the same in all releases) of what ``_READ`` lists; the others are inferred. 1.0: a class with slots whose constructor takes
-nothing, ``to_dict``, ``from_dict``, ``update_from_dict`` ("enable"/"disable" there only), booleans
+Read: names and defaults (the same in all releases), but for those marked inferred. 1.0: a class with
+slots whose constructor takes nothing, ``to_dict``, ``from_dict``, ``update_from_dict`` ("enable"/"disable" there only), booleans
 asserted, unknown attributes AttributeErrors. 1.1 and 1.2: a pydantic model, unknown keywords ignored,
 unknown attributes ValueErrors, "enable"/"disable" anywhere, ``model_dump``, ``model_copy``.
 'auto' reads as ``dtype``; what is written to config.json is the stored value (inferred for pydantic).
@@ -13,6 +13,7 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import tensorrt as trt
 from tensorrt.errors import require
 
 from .._release import RELEASE
@@ -25,29 +26,12 @@ _DEFAULTS: dict[str, Any] = {
     "bert_attention_plugin": "auto",
     "gpt_attention_plugin": "auto",
     "gemm_plugin": None,
-    "explicitly_disable_gemm_plugin": False,
-    "gemm_swiglu_plugin": None,
-    "fp8_rowwise_gemm_plugin": None,
-    "qserve_gemm_plugin": None,
-    "identity_plugin": None,
     "nccl_plugin": "auto",
     "lora_plugin": None,
-    "dora_plugin": False,
-    "weight_only_groupwise_quant_matmul_plugin": None,
-    "weight_only_quant_matmul_plugin": None,
     "smooth_quant_plugins": True,
-    "smooth_quant_gemm_plugin": None,
-    "layernorm_quantization_plugin": None,
-    "rmsnorm_quantization_plugin": None,
-    "quantize_per_token_plugin": False,
-    "quantize_tensor_plugin": False,
     "moe_plugin": "auto",
     "mamba_conv1d_plugin": "auto",
-    "low_latency_gemm_plugin": None,
-    "low_latency_gemm_swiglu_plugin": None,
-    "gemm_allreduce_plugin": None,
     "context_fmha": True,
-    "bert_context_fmha_fp32_acc": False,
     "paged_kv_cache": None,
     "remove_input_padding": True,
     "norm_quant_fusion": False,
@@ -63,34 +47,25 @@ _DEFAULTS: dict[str, Any] = {
     "manage_weights": False,
     "use_fused_mlp": True,
     "pp_reduce_scatter": False,
+    # Inferred:
+    "explicitly_disable_gemm_plugin": False,
+    "gemm_swiglu_plugin": None,
+    "fp8_rowwise_gemm_plugin": None,
+    "qserve_gemm_plugin": None,
+    "identity_plugin": None,
+    "dora_plugin": False,
+    "weight_only_groupwise_quant_matmul_plugin": None,
+    "weight_only_quant_matmul_plugin": None,
+    "smooth_quant_gemm_plugin": None,
+    "layernorm_quantization_plugin": None,
+    "rmsnorm_quantization_plugin": None,
+    "quantize_per_token_plugin": False,
+    "quantize_tensor_plugin": False,
+    "low_latency_gemm_plugin": None,
+    "low_latency_gemm_swiglu_plugin": None,
+    "gemm_allreduce_plugin": None,
+    "bert_context_fmha_fp32_acc": False,
 }
-_READ = [
-    "dtype",
-    "bert_attention_plugin",
-    "gpt_attention_plugin",
-    "gemm_plugin",
-    "nccl_plugin",
-    "lora_plugin",
-    "moe_plugin",
-    "mamba_conv1d_plugin",
-    "smooth_quant_plugins",
-    "context_fmha",
-    "paged_kv_cache",
-    "remove_input_padding",
-    "tokens_per_block",
-    "use_paged_context_fmha",
-    "use_fp8_context_fmha",
-    "fuse_fp4_quant",
-    "multiple_profiles",
-    "paged_state",
-    "streamingllm",
-    "manage_weights",
-    "use_fused_mlp",
-    "reduce_fusion",
-    "norm_quant_fusion",
-    "user_buffer",
-    "pp_reduce_scatter",
-]
 _SWITCH = {"enable": True, "disable": False}
 
 
@@ -183,11 +158,9 @@ class PluginConfig:
 class _AllReduceHelper:
     def set_workspace_tensor(self, mapping: Any, num_profiles: int | None = None) -> None:
         """Adds the engine input ``all_reduce_workspace``: int64 [7 tp + 3]."""
-        from ..functional import Tensor
+        from ..functional import Tensor  # which imports this module
 
         size = 7 * mapping.tp_size + 3
-        import tensorrt as trt
-
         self.workspace = Tensor(
             name="all_reduce_workspace",
             dtype=trt.int64,
@@ -205,5 +178,5 @@ def init_all_reduce_helper() -> None:
 
 
 def current_all_reduce_helper() -> _AllReduceHelper:
-    assert _helper is not None, "You must call `init_all_reduce_helper` first"
+    assert _helper is not None, "all-reduce: no helper, since no model was made"
     return _helper

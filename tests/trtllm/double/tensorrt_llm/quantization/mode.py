@@ -71,13 +71,3 @@ class QuantMode(enum.IntFlag):
 
     def has_fp8_rowwise(self) -> bool:
         return bool(self & QuantMode.FP8_ROWWISE)
-
-    def has_nvfp4(self) -> bool:
-        return False
-
-    def is_int4_weight_only_per_group(self) -> bool:
-        return QuantMode.INT4_WEIGHTS | QuantMode.PER_GROUP in self
-
-    def has_any_quant(self, exclude_kv_cache: bool = False) -> bool:
-        kv = QuantMode.INT8_KV_CACHE | QuantMode.FP8_KV_CACHE | QuantMode.NVFP4_KV_CACHE
-        return bool(self & ~kv) if exclude_kv_cache else self != 0

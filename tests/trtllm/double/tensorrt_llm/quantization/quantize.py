@@ -7,6 +7,7 @@ of subclasses) two scales; FP8 rowwise replaces the attention layers themselves;
 
 from __future__ import annotations
 
+import itertools
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +26,9 @@ DEFAULT_EXCLUDED = [
 ]
 
 
+_KV_SCALES = ("kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
+
+
 def quantize(model: Any, quant_config: Any) -> Any:
     algo = quant_config.quant_algo
     if algo == "FP8":
@@ -40,16 +44,10 @@ def quantize(model: Any, quant_config: Any) -> Any:
     elif algo not in (None, "NO_QUANT"):
         raise NotImplementedError(f"quant_algo {algo}: not in the double")
     if quant_config.quant_mode.has_kv_cache_quant():
-        kv_cache_quantize(model)
+        layers_of = [m for m in model.modules() if isinstance(m, Attention)]
+        for attention, name in itertools.product(layers_of, _KV_SCALES):
+            setattr(attention, name, Parameter(shape=(1,), dtype="float32"))
     model.quant_mode = quant_config.quant_mode
-    return model
-
-
-def kv_cache_quantize(model: Any) -> Any:
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.kv_cache_scaling_factor = Parameter(shape=(1,), dtype="float32")
-            module.kv_cache_rcp_scaling_factor = Parameter(shape=(1,), dtype="float32")
     return model
 
 
