@@ -226,20 +226,18 @@ void RazorGptAttentionPlugin::check_cache_settings(const int32_t *windows, int64
         }
         return windows[row];
     };
-    const auto plan = [&] {
-        return "; set max_attention_window_size to \"" + std::to_string(l.max_seq_len) +
-               (settings_.layer_local >= 0 ? "," + std::to_string(settings_.window) : "") +
-               "\", and give the KV cache memory for it";
-    };
+    // The list has an entry for each cache layer of the model, which this layer does not know.
+    const std::string way_out = "; give the server the windows that the engine's manifest.json or config.json "
+                                "(runtime_defaults) lists, and the KV cache memory for them";
     if (settings_.layer_full >= 0 && window(settings_.layer_full) < l.max_seq_len) {
         throw Refused("input host_max_attention_window_sizes[" + std::to_string(settings_.layer_full) +
                       "] (retrieval heads): expected at least max_seq_len = " + std::to_string(l.max_seq_len) +
-                      ", found " + std::to_string(window(settings_.layer_full)) + plan());
+                      ", found " + std::to_string(window(settings_.layer_full)) + way_out);
     }
     if (settings_.layer_local >= 0 && window(settings_.layer_local) != settings_.window) {
         throw Refused("input host_max_attention_window_sizes[" + std::to_string(settings_.layer_local) +
                       "] (local heads): expected the planned window " + std::to_string(settings_.window) + ", found " +
-                      std::to_string(window(settings_.layer_local)) + plan());
+                      std::to_string(window(settings_.layer_local)) + way_out);
     }
     // The linear manager of 1.1 and later has no sinks; ours are in the state slots.
     const int32_t planned = cyclic ? l.sink_tokens : 0;

@@ -301,7 +301,7 @@ SERVER = [
         "host_max_attention_window_sizes",
         _ints([72, 12] * 5),
         "input host_max_attention_window_sizes[7] (local heads): expected the planned window 20, found 12; "
-        'set max_attention_window_size to "72,20"',
+        "give the server the windows that the engine's manifest.json or config.json",
     ),
     (
         "cyclic",
@@ -319,7 +319,7 @@ SERVER = [
         "state",
         "host_max_attention_window_sizes",
         _ints([64] * 10),
-        'expected at least max_seq_len = 72, found 64; set max_attention_window_size to "72"',
+        "expected at least max_seq_len = 72, found 64; give the server the windows",
     ),
     (
         "cyclic",
