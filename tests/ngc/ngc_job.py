@@ -14,7 +14,7 @@ import numpy as np
 
 from trt_razor.trtllm.cache_settings import blocks_in_log, gib_in_log
 from trt_razor.trtllm.executor import Request, open_executor
-from trt_razor.trtllm.runtime import PLUGIN, import_bindings
+from trt_razor.trtllm.runtime import import_bindings, is_registered
 
 
 def registered() -> bool:
@@ -22,7 +22,7 @@ def registered() -> bool:
     import tensorrt
 
     import_bindings()
-    return tensorrt.get_plugin_registry().get_creator(*PLUGIN) is not None
+    return is_registered(tensorrt)
 
 
 def main(job_path: Path, out: Path) -> None:

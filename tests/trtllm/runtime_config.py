@@ -287,6 +287,10 @@ def _model(config: dict[str, Any], build: dict[str, Any], plugins: dict[str, Any
         raise ParseError(f"{at}quantization.kv_cache_quant_algo: unknown {kv_algorithm}")
     defaults = _or(config, "runtime_defaults", dict, {}, at)
     windows = _optional(defaults, "max_attention_window", list)
+    # KvCacheConfig, which the defaults go into, checks both with TLLM_CHECK.
+    sinks = _optional(defaults, "sink_token_length", int)
+    if (sinks is not None and sinks < 1) or any(type(w) is int and w < 1 for w in windows or ()):
+        raise ParseError(f"{at}runtime_defaults: expected positive numbers, found {defaults}")
 
     variant = {"MambaForCausalLM": "mamba", "RecurrentGemmaForCausalLM": "recurrentgemma"}.get(
         architecture, "gpt"
@@ -346,5 +350,5 @@ def _model(config: dict[str, Any], build: dict[str, Any], plugins: dict[str, Any
         manage_weights=_or(plugins, "manage_weights", bool, False, pt),
         rnn=rnn,
         default_windows=None if windows is None else tuple(_is(w, int, "window") for w in windows),
-        default_sinks=_optional(defaults, "sink_token_length", int),
+        default_sinks=sinks,
     )

@@ -120,7 +120,7 @@ def test_razor_engine_for_two_ranks(
     assert m.facts["sink_token_length"] == ("4" if cyclic else "0")
     assert m.facts["preload"] == "libtrt_razor_preload_trt10.so"
     config = json.loads((tmp_path / "e" / "config.json").read_text())["pretrained_config"]
-    assert config["runtime_defaults"]["sink_token_length"] == int(m.facts["sink_token_length"])
+    assert config["runtime_defaults"].get("sink_token_length") == (4 if cyclic else None)
     for rank in range(2):
         fields = [p["fields"] for p in _plugins(tmp_path / "e", rank)]
         assert [f["num_retrieval"] for f in fields] == [1, 1, 0]

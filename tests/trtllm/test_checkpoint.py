@@ -304,7 +304,7 @@ def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
     model = RandomModel(SPECS["llama-gqa"])
     name = "model.layers.2.mlp.up_proj.weight"
     model.weights[name][5, 7] = -70000.0
-    message = rf"^{name}: weights do not fit into float16 \(a magnitude of 7e\+04\); use --dtype bfloat16$"
+    message = rf"^{name}: weights do not fit into float16 \(largest magnitude 7e\+04\); use --dtype bfloat16$"
     with pytest.raises(RazorError, match=message):
         convert_dense(model, tmp_path / "half", 2)
     convert_dense(model, tmp_path / "brain", 2, dtype="bfloat16")

@@ -286,6 +286,7 @@ SOURCES = {  # said by C++ and by code that needs a machine of another kind
     ),
 }
 THEIRS = {
+    "Assertion failed: sinkTokenLength > 0",
     "Cannot find plugin", "IPluginCreator not found", "Failed to deserialize cuda engine",
     "getPluginCreator could not find plugin: RazorGptAttention",
     "object '…' from LD_PRELOAD cannot be preloaded",
@@ -321,7 +322,10 @@ open(path, "w").write(json.dumps(dict(parts)))
 """
 
 
-def test_triton_commands_fill_the_repository(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("windows", "sinks"), [("32768,6564", "4"), ("32768", "0")], ids=["cyclic", "slots"]
+)
+def test_triton_commands_fill_the_repository(tmp_path: Path, windows: str, sinks: str) -> None:
     """The commands of the page, with folders of our own and a stand-in for NVIDIA's tool."""
     (block,) = [b for b in blocks(NGC) if "launch_triton_server" in b]
     app, data = tmp_path / "app", tmp_path / "data"
@@ -340,7 +344,7 @@ def test_triton_commands_fill_the_repository(tmp_path: Path) -> None:
         (app / name).parent.mkdir()
         (app / name).write_text(code)
     (data / "qwen-razor").mkdir(parents=True)
-    facts = {"max_attention_window_size": "32768,6564", "sink_token_length": "4"}
+    facts = {"max_attention_window_size": windows, "sink_token_length": sinks}
     (data / "qwen-razor" / "manifest.json").write_text(json.dumps({"facts": facts}))
     script = block.replace("/app/", f"{app}/").replace("/data/", f"{data}/")
     done = subprocess.run(
@@ -351,8 +355,8 @@ def test_triton_commands_fill_the_repository(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"launched --world_size 8 --model_repo {data}/triton"
     filled = json.loads((data / "triton" / "tensorrt_llm" / "config.pbtxt").read_text())
-    assert filled["max_attention_window_size"] == "32768,6564"
-    assert filled["sink_token_length"] == "4"
+    assert filled["max_attention_window_size"] == windows
+    assert filled.get("sink_token_length") == (sinks if sinks != "0" else None)  # 0 is refused
     assert filled["enable_kv_cache_reuse"] == filled["enable_chunked_context"] == "false"
     assert filled["engine_dir"] == f"{data}/qwen-razor"
     assert not any(re.search(r"\s", k + v) for k, v in filled.items())

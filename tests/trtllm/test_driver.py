@@ -285,9 +285,13 @@ FAILURES = {
         "import os, sys\nprint('bad layer', file=sys.stderr, flush=True)\nos.abort()",
         r"^rank 0: TensorRT-LLM's builder died \(exit status -6\): bad layer$",
     ),
-    "death without a word": (
+    "a kill": (
+        "import os, signal\nprint('Loading weights', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)",
+        r"died \(exit status -9\): killed: host out of memory\? It last said: Loading weights$",
+    ),
+    "a kill without a word": (
         "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-        r"builder died \(exit status -9\): out of memory\?$",
+        r"died \(exit status -9\): killed: host out of memory\? It last said: nothing$",
     ),
     "an end too early": (
         "print('[TRT] [E] unhappy', flush=True)\nraise SystemExit(3)",

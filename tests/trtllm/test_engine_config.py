@@ -450,6 +450,11 @@ def test_pipeline_stages_with_equal_layers_number_their_rows_from_0() -> None:
     assert (p.pp_size, len(p.kv_heads)) == (2, 8)
     fields = [p.plugin_fields(i, first_layer=2 * (i // 2), attention={}) for i in range(4)]
     assert [(f["layer_full"], f["layer_local"]) for f in fields] == [(0, 1), (2, 3)] * 2
+    # A GPU has the caches of its own stage only.
+    whole = plan(counts=(1, 1, 1, 1))
+    for tokens in (10, 1000):
+        assert 2 * p.sequence_bytes(tokens) == whole.sequence_bytes(tokens)
+        assert 2 * p.dense_bytes(tokens) == whole.dense_bytes(tokens)
 
 
 def test_a_dense_engine_may_have_what_a_razor_engine_may_not() -> None:
@@ -491,7 +496,7 @@ def test_the_runtime_is_told_of_cache_layers() -> None:
         "vocab_size": 300,
         "num_kv_heads_per_layer": [1, 4, 2],
         "layer_types": list(slots.layer_types),
-        "runtime_defaults": {"max_attention_window": [1000], "sink_token_length": 0},
+        "runtime_defaults": {"max_attention_window": [1000]},  # sinks of 0 are refused at load
         "conv_kernel": 2,
         "rnn_conv_dim_size": 2 * 4 * 68 * 128,
         "state_size": 1,

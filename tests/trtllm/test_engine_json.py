@@ -128,7 +128,7 @@ def agree(model: ModelConfig, plan: RazorPlan, spec: ModelSpec) -> None:
     assert not model.block_reuse()
     assert not model.chunked_context()
     assert model.layer_types == plan.layer_types
-    assert model.default_sinks == plan.sink_token_length
+    assert model.default_sinks == (plan.sink_token_length or None)
     before = 0
     for stage in range(plan.pp_size):
         size = spec.num_layers // plan.pp_size

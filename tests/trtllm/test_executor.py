@@ -207,6 +207,19 @@ def test_end_id(trtllm: doubles.Double, tmp_path: Path) -> None:
             assert result.logits.shape == (3, 1000)
 
 
+def test_defaults_of_the_engine_are_accepted(trtllm: doubles.Double, tmp_path: Path) -> None:
+    """As TensorRT-LLM's Python entry points pass them on: a number of sinks must be positive."""
+    api = bindings(trtllm)
+    folder = engine_folder(tmp_path / "engine", trtllm.release)
+    config = json.loads((folder.path / "config.json").read_text())["pretrained_config"]
+    told = api.KvCacheConfig(runtime_defaults=api.RuntimeDefaults(**config["runtime_defaults"]))
+    cyclic = trtllm.release == "1.0.0"
+    assert told.max_attention_window == ([256, 68] if cyclic else [256])
+    assert told.sink_token_length == (4 if cyclic else None)
+    with pytest.raises(RuntimeError, match="sinkTokenLength > 0"):
+        api.KvCacheConfig(sink_token_length=0)
+
+
 def test_what_the_bindings_are_told(trtllm: doubles.Double, tmp_path: Path) -> None:
     api = bindings(trtllm)
     folder = engine_folder(tmp_path / "engine", trtllm.release, batch=4)

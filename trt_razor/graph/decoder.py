@@ -22,9 +22,10 @@ from trt_razor.files import write_bytes_atomic
 from trt_razor.graph.nodes import DTYPES, IR_VERSION, OPSET, Nodes
 from trt_razor.graph.operator import DOMAIN
 from trt_razor.graph.options import GraphOptions
-from trt_razor.graph.weights import WeightFile, convert
+from trt_razor.graph.weights import WeightFile
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.positions import alibi_slopes, rope_table
+from trt_razor.models.stored import convert
 
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"

@@ -11,33 +11,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from trt_razor.errors import RazorError
 from trt_razor.graph.nodes import DTYPES
-from trt_razor.models.stored import numpy_dtype
 
 PAGE = 4096
 """External tensors start on pages, so that executors can map the file instead of reading it."""
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file: shape inference and constant folding see them."""
-
-
-def convert(value: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """``value`` in ``dtype``, C-contiguous.
-
-    Raises:
-        RazorError: if a finite weight does not fit (float16 ends at 65504).
-    """
-    target = numpy_dtype(dtype)
-    if value.dtype == target:
-        return np.ascontiguousarray(value)
-    with np.errstate(over="ignore"):
-        out = np.ascontiguousarray(value.astype(np.float32).astype(target))
-    if dtype == "float16" and not np.isfinite(out).all():
-        raise RazorError(
-            f"{name}: weights do not fit into float16 (largest magnitude "
-            f"{float(np.abs(value.astype(np.float32)).max()):.4g}); use --dtype bfloat16 or float32"
-        )
-    return out
 
 
 class WeightFile:

@@ -64,6 +64,31 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     raise UsageError(f"dtype: expected float32, float16 or bfloat16, found {name!r}")
 
 
+def convert(
+    value: npt.NDArray[Any], dtype: str, name: str, wider: str = "bfloat16 or float32"
+) -> npt.NDArray[Any]:
+    """A weight in ``dtype``, C-contiguous.
+
+    Args:
+        name, wider: for the message: the weight, and dtypes that would do.
+
+    Raises:
+        RazorError: a weight does not fit (float16 ends at 65504).
+    """
+    target = numpy_dtype(dtype)
+    if value.dtype == target:
+        return np.ascontiguousarray(value)
+    wide = value.astype(np.float32)
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(wide.astype(target))
+    if dtype == "float16" and not np.isfinite(out).all():
+        raise RazorError(
+            f"{name}: weights do not fit into float16 (largest magnitude "
+            f"{float(np.abs(wide).max()):.4g}); use --dtype {wider}"
+        )
+    return out
+
+
 def samples_digest(tensors: Iterable[StoredTensor]) -> str:
     """sha256 hex that tells checkpoints apart without reading them whole.
 

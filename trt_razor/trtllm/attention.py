@@ -34,9 +34,8 @@ from trt_razor.backends.tensorrt import find_plugin
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.kernels.layer import POSITIONS
 from trt_razor.trtllm.engine_config import RazorPlan
+from trt_razor.trtllm.options import PLUGIN
 from trt_razor.trtllm.release import LocalCache
-
-PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE = "RazorGptAttention", "1", "trt_razor"
 
 _POSITIONS = {
     PositionEmbeddingType.rope_gpt_neox: POSITIONS["rope"],
@@ -254,7 +253,7 @@ def load_plugin_library() -> None:
     """
     registry = trt.get_plugin_registry()
     # A second registration of the same creators is an error: one load a process.
-    if any(c.plugin_namespace == PLUGIN_NAMESPACE for c in registry.all_creators):
+    if any(c.plugin_namespace == PLUGIN[2] for c in registry.all_creators):
         return
     library = find_plugin(trt)
     if registry.load_library(str(library)) is None:
@@ -279,9 +278,9 @@ def add_plugin(
     Raises:
         RazorError: the plugin is not registered, or refuses its fields.
     """
-    creator = trt.get_plugin_registry().get_creator(PLUGIN, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    creator = trt.get_plugin_registry().get_creator(*PLUGIN)
     if creator is None:
-        raise RazorError(f"{PLUGIN}: not registered with TensorRT; load_plugin_library() first")
+        raise RazorError(f"{PLUGIN[0]}: not registered with TensorRT; load_plugin_library() first")
     # TensorRT reads the arrays while it makes the plugin: they must live until then.
     arrays = {key: _field_data(key, value) for key, value in fields.items()}
     collection = trt.PluginFieldCollection(
@@ -289,10 +288,10 @@ def add_plugin(
     )
     plugin = creator.create_plugin(name, collection, trt.TensorRTPhase.BUILD)
     if plugin is None:
-        raise RazorError(f"{PLUGIN} refused the fields of {name}; its message is above")
+        raise RazorError(f"{PLUGIN[0]} refused the fields of {name}; its message is above")
     layer = default_trtnet().add_plugin_v3([t.trt_tensor for t in inputs.values()], [], plugin)
     if layer is None:
-        raise RazorError(f"TensorRT refused {PLUGIN} of {name}; its message is above")
+        raise RazorError(f"TensorRT refused {PLUGIN[0]} of {name}; its message is above")
     return _create_tensor(layer.get_output(0), layer)
 
 

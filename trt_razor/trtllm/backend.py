@@ -34,6 +34,7 @@ from trt_razor.trtllm.engine_config import (
     plan_engine,
     razor_section,
 )
+from trt_razor.trtllm.options import CONFIG
 from trt_razor.trtllm.quantized import TrtLlmCheckpoint, permute_checkpoint
 from trt_razor.trtllm.ranks import dense_layout, equalise, rank_layout
 from trt_razor.trtllm.release import Release, installed_release
@@ -41,7 +42,6 @@ from trt_razor.trtllm.release import Release, installed_release
 if TYPE_CHECKING:
     from trt_razor.graph.options import GraphOptions
 
-CONFIG = "config.json"
 PRELOAD = "libtrt_razor_preload_trt{major}.so"
 
 

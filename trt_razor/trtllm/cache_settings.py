@@ -16,9 +16,7 @@ from trt_razor.cache_layout import dtype_bytes
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.models.stored import read_json
 from trt_razor.sharding import ceil_div
-from trt_razor.trtllm.engine_config import SECTION
-
-CONFIG = "config.json"
+from trt_razor.trtllm.options import CONFIG, SECTION
 
 
 @dataclass(frozen=True)

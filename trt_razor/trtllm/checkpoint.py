@@ -21,12 +21,13 @@ from trt_razor.errors import RazorError
 from trt_razor.files import write_text_atomic
 from trt_razor.models.checkpoint import WeightSource
 from trt_razor.models.spec import ModelSpec
-from trt_razor.models.stored import numpy_dtype
+from trt_razor.models.stored import convert, numpy_dtype
 from trt_razor.sharding import ceil_div, stages
 from trt_razor.trtllm.model_config import spec_from_trtllm_config, trtllm_config
-from trt_razor.trtllm.options import RazorSection, TrtLlmOptions
+from trt_razor.trtllm.options import CONFIG, RazorSection, TrtLlmOptions
 from trt_razor.trtllm.permute import PermutedCheckpoint, permuted_slopes
 from trt_razor.trtllm.rank_files import RankFile, rank_path
+from trt_razor.trtllm.rank_tensors import EMBEDDING, FINAL_NORM, HEAD, layer_name
 from trt_razor.trtllm.ranks import RankLayout
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-CONFIG = "config.json"
 _CHUNK = 16 << 20
 """Elements converted at a time: bounds the float32 copy."""
 
@@ -79,7 +79,6 @@ _LAYER_NAMES = {
     "mlp.up_proj": "mlp.gate",
     "mlp.down_proj": "mlp.proj",
 }
-EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -88,12 +87,12 @@ def trtllm_name(name: str, first_layer: int = 0) -> str:
     if name == "model.embed_tokens.weight":
         return EMBEDDING
     if name == "model.norm.weight":
-        return "transformer.ln_f.weight"
+        return FINAL_NORM
     if name == HEAD:
         return name
     _, _, layer, rest = name.split(".", 3)
     module, _, kind = rest.rpartition(".")
-    return f"transformer.layers.{int(layer) - first_layer}.{_LAYER_NAMES[module]}.{kind}"
+    return layer_name(int(layer) - first_layer, f"{_LAYER_NAMES[module]}.{kind}")
 
 
 def destinations(spec: ModelSpec, source: str, pp_size: int) -> list[tuple[int, str]]:
@@ -249,7 +248,8 @@ def _share_out(
         step = max(1, _CHUNK // math.prod(value.shape[1:]))
         for row in range(first, end, step):
             block = value[row : min(row + step, end)]
-            block = _convert(block[:, columns] if block.ndim == 2 else block, dtype, source)
+            block = block[:, columns] if block.ndim == 2 else block
+            block = convert(block, dtype, source, wider="bfloat16")
             for file in holders:
                 file.add(part.name, block, part.row + row - first)
         missing = part.shape[0] - (end - first)
@@ -257,19 +257,3 @@ def _share_out(
             fill = np.zeros((missing, *part.shape[1:]), numpy_dtype(dtype))
             for file in holders:
                 file.add(part.name, fill, end - first)
-
-
-def _convert(value: Array, dtype: str, name: str) -> Array:
-    """``value`` in ``dtype``. Raises RazorError where float16 (up to 65504) is not enough."""
-    target = numpy_dtype(dtype)
-    if value.dtype == target:
-        return value
-    wide = value.astype(np.float32)
-    with np.errstate(over="ignore"):
-        out = wide.astype(target)
-    if dtype == "float16" and not np.isfinite(out).all():
-        raise RazorError(
-            f"{name}: weights do not fit into float16 (a magnitude of {float(np.abs(wide).max()):.4g}); "
-            "use --dtype bfloat16"
-        )
-    return out

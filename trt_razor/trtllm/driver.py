@@ -26,7 +26,8 @@ from trt_razor.models.stored import read_json
 from trt_razor.trtllm.arguments import BuildArguments
 from trt_razor.trtllm.build_rank import TIMING_CACHE
 from trt_razor.trtllm.engine_config import RazorPlan
-from trt_razor.trtllm.engine_json import CONFIG, check_rank_files, finish, read_config
+from trt_razor.trtllm.engine_json import check_rank_files, finish, read_config
+from trt_razor.trtllm.options import CONFIG
 from trt_razor.trtllm.runtime_fields import check_engine_json
 
 LOG = "build.log"
@@ -173,7 +174,9 @@ def _answer(rank: int, out: bytes, status: int, log: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(out)
     except ValueError:
         lines = log.strip().splitlines()
-        reason = first or (lines[-1] if lines else "out of memory?")
+        reason = first or (lines[-1] if lines else "")
+        if status == -signal.SIGKILL and not first:  # its last words are chatter
+            reason = f"killed: host out of memory? It last said: {reason or 'nothing'}"
         raise RazorError(
             f"rank {rank}: TensorRT-LLM's builder died (exit status {status}): {_short(reason)}"
         ) from None

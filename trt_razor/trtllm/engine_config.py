@@ -142,10 +142,13 @@ class RazorPlan:
         return ceil_div(min(tokens, self.windows[row]) + self.bubble, self.tokens_per_block)
 
     def pool_bytes(self, tokens: int) -> int:
-        """Bytes of the paged pools that a sequence of ``tokens`` tokens takes on one rank."""
+        """Bytes of the paged pools that a sequence of ``tokens`` tokens takes on one rank.
+
+        Pipeline stages have equally many layers, and all layers the same heads then.
+        """
         return sum(
             self.blocks(row, tokens) * self.block_bytes(heads // self.tp_size)
-            for row, heads in enumerate(self.kv_heads)
+            for row, heads in enumerate(self.kv_heads[: self.attention_layers // self.pp_size])
         )
 
     def slot_bytes(self) -> int:
@@ -153,12 +156,13 @@ class RazorPlan:
         return self.layer_types.count("recurrent") * (self.ring_slot_bytes + self.comp_slot_bytes)
 
     def sequence_bytes(self, tokens: int) -> int:
-        """KV memory of a sequence on one rank of one pipeline stage's whole: pools and slots."""
+        """KV memory of a sequence on one rank: pools and slots."""
         return self.pool_bytes(tokens) + self.slot_bytes()
 
     def dense_bytes(self, tokens: int) -> int:
-        """What a dense engine takes for the same sequence."""
-        heads = sum(layer.num_retrieval + layer.num_local for layer in self.layers)
+        """What a dense engine takes for the same sequence on one rank."""
+        stage = self.layers[: len(self.layers) // self.pp_size]
+        heads = sum(layer.num_retrieval + layer.num_local for layer in stage)
         return ceil_div(tokens, self.tokens_per_block) * self.block_bytes(heads)
 
     def describe(self) -> str:
@@ -184,10 +188,9 @@ class RazorPlan:
         out = dict(config)
         out["num_hidden_layers"] = len(self.layer_types)
         out["num_kv_heads_per_layer"] = list(self.kv_heads)
-        out["runtime_defaults"] = {
-            "max_attention_window": self.window_list(),
-            "sink_token_length": self.sink_token_length,
-        }
+        out["runtime_defaults"] = {"max_attention_window": self.window_list()}
+        if self.sink_token_length:  # 0 is no value for the runtime's settings: none at all is
+            out["runtime_defaults"]["sink_token_length"] = self.sink_token_length
         if self.local_cache is LocalCache.SLOTS:
             out["razor_architecture"] = out.get("razor_architecture", config.get("architecture"))
             out["architecture"] = HYBRID_ARCHITECTURE

@@ -31,6 +31,7 @@ from trt_razor.trtllm.engine_config import (
     plan_engine,
 )
 from trt_razor.trtllm.model_config import spec_from_trtllm_config
+from trt_razor.trtllm.options import CONFIG
 from trt_razor.trtllm.release import LocalCache, release_of
 from trt_razor.trtllm.runtime_fields import (
     STATE_SIZES,
@@ -54,7 +55,6 @@ __all__ = [
     "with_local_cache",
 ]
 
-CONFIG = "config.json"
 LOCAL_CACHE = "local_cache"
 """In the ``razor`` section: ``cyclic`` or ``slots``. Absent: as the release has it."""
 
@@ -197,7 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
         out.print(f"{path}: {len(plan.layer_types)} cache layers", markup=False)
         windows = ",".join(map(str, plan.window_list()))
         out.print(f"max_attention_window_size: {windows}", markup=False)
-        out.print(f"sink_token_length: {plan.sink_token_length}", markup=False)
+        sinks = plan.sink_token_length or "leave unset"
+        out.print(f"sink_token_length: {sinks}", markup=False)
         return 0
 
     return guarded(run)

@@ -101,11 +101,7 @@ def trtllm_config(
         "tie_word_embeddings": spec.tie_embeddings,
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
-        "mapping": {
-            "world_size": options.world_size,
-            "tp_size": options.tp_size,
-            "pp_size": options.pp_size,
-        },
+        "mapping": options.mapping(),
         "quantization": {
             "quant_algo": None,
             "kv_cache_quant_algo": "FP8" if options.fp8 else None,

@@ -13,9 +13,13 @@ from trt_razor.policy import RazorPolicy
 from trt_razor.trtllm.ranks import RankLayout
 from trt_razor.trtllm.release import LocalCache
 
+CONFIG = "config.json"
+"""Of a checkpoint and of an engine, in their folders."""
 SECTION = "razor"
 """Key of ``RazorSection`` in the config.json of a checkpoint and of an engine."""
 SECTION_VERSION = 1
+PLUGIN = ("RazorGptAttention", "1", "trt_razor")
+"""Name, version and namespace in TensorRT's registry."""
 KV_DTYPES = ("auto", "fp8")
 
 
@@ -44,6 +48,10 @@ class TrtLlmOptions:
     @property
     def world_size(self) -> int:
         return self.tp_size * self.pp_size
+
+    def mapping(self) -> dict[str, int]:
+        """``mapping`` in config.json of a checkpoint; a field that a release does not know is an error."""
+        return {"world_size": self.world_size, "tp_size": self.tp_size, "pp_size": self.pp_size}
 
     @property
     def fp8(self) -> bool:

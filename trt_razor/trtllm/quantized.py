@@ -24,7 +24,7 @@ from trt_razor.files import write_text_atomic
 from trt_razor.models.positions import alibi_slopes
 from trt_razor.models.spec import ModelSpec
 from trt_razor.sharding import stages
-from trt_razor.trtllm.options import SECTION, RazorSection, TrtLlmOptions
+from trt_razor.trtllm.options import CONFIG, SECTION, RazorSection, TrtLlmOptions
 from trt_razor.trtllm.rank_files import RankFile, rank_path
 from trt_razor.trtllm.rank_source import rank_shape, written_dtype
 from trt_razor.trtllm.rank_tensors import (
@@ -40,7 +40,6 @@ from trt_razor.trtllm.rank_tensors import (
 )
 from trt_razor.trtllm.ranks import RankLayout, check_ranks
 from trt_razor.trtllm.source import (
-    CONFIG,
     KV_PAIR,
     KV_SCALE,
     TrtLlmCheckpoint,
@@ -249,11 +248,7 @@ def _config(
     """The source's config.json for other ranks."""
     config = copy.deepcopy(dict(source.config))
     config["tie_word_embeddings"] = source.spec.tie_embeddings
-    config["mapping"] = {
-        "world_size": options.world_size,
-        "tp_size": options.tp_size,
-        "pp_size": options.pp_size,
-    }
+    config["mapping"] = options.mapping()
     config["quantization"] = {
         "quant_algo": None,
         **(config.get("quantization") or {}),

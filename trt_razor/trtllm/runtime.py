@@ -16,10 +16,9 @@ from trt_razor.engine import MANIFEST
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.files import sha256_file
 from trt_razor.manifest import read_manifest
+from trt_razor.trtllm.options import PLUGIN
 from trt_razor.trtllm.release import NoTensorRtLlm
 
-PLUGIN = ("RazorGptAttention", "1", "trt_razor")
-"""Name, version and namespace in TensorRT's registry."""
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _OTHER_LAUNCHERS = ("PMIX_RANK", "SLURM_PROCID")
 
@@ -36,6 +35,12 @@ def import_bindings() -> Any:
         raise RazorError(f"tensorrt_llm: cannot be imported: {first_line(e)}") from None
 
 
+def is_registered(trt: Any) -> bool:
+    """Whether the process has RazorGptAttention. Asking for it would log an error where it has not."""
+    creators = trt.get_plugin_registry().all_creators
+    return any((c.name, c.plugin_version, c.plugin_namespace) == PLUGIN for c in creators)
+
+
 def load_plugin(directory: Path) -> None:
     """Register RazorGptAttention in this process, unless a preloaded library did already.
 
@@ -44,8 +49,7 @@ def load_plugin(directory: Path) -> None:
             ``directory`` was built with.
     """
     trt: Any = importlib.import_module("tensorrt")
-    registry = trt.get_plugin_registry()
-    if registry.get_creator(*PLUGIN) is not None:
+    if is_registered(trt):
         return
     library = find_plugin(trt)
     wanted = _built_with(directory)
@@ -54,8 +58,8 @@ def load_plugin(directory: Path) -> None:
             f"{library}: sha256: expected {wanted[:12]}…, the plugin that {directory} was built with, found "
             f"{found[:12]}…; rebuild the engine, or name its library in $TRT_RAZOR_PLUGIN"
         )
-    registry.load_library(str(library))
-    if registry.get_creator(*PLUGIN) is None:
+    trt.get_plugin_registry().load_library(str(library))
+    if not is_registered(trt):
         raise RazorError(
             f"{library}: TensorRT {trt.__version__} found no {PLUGIN[0]} in it; make it again for this "
             "TensorRT with `make plugin TENSORRT_ROOT=…`"

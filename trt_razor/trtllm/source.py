@@ -14,6 +14,7 @@ from trt_razor.models.stored import read_json
 from trt_razor.models.tokenizer import Tokenizer
 from trt_razor.models.zoo import zoo_entry
 from trt_razor.trtllm.model_config import spec_from_trtllm_config
+from trt_razor.trtllm.options import CONFIG
 from trt_razor.trtllm.rank_files import rank_path
 from trt_razor.trtllm.rank_source import RankTensors
 from trt_razor.trtllm.rank_tensors import (
@@ -27,7 +28,6 @@ from trt_razor.trtllm.rank_tensors import (
 )
 from trt_razor.trtllm.ranks import check_ranks
 
-CONFIG = "config.json"
 _MAX_RANKS = 1024
 _MAX_GROUP = 4096
 KV_SCALE = "attention.kv_cache_scaling_factor"

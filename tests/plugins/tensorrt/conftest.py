@@ -25,11 +25,9 @@ def stand_in(shim_library: Path) -> Build:
     return build_plugins(shim_library.parent / "plugins-stand-in", HERE / "fake_trt", shim_library)
 
 
-@pytest.fixture(scope="session", params=["stand-in", "TENSORRT_ROOT"])
-def build(request: pytest.FixtureRequest, shim_library: Path) -> Build:
-    """Built against either kind of headers."""
-    if request.param == "stand-in":
-        return request.getfixturevalue("stand_in")
+@pytest.fixture(scope="session")
+def real(shim_library: Path) -> Build:
+    """Built against the headers of a TensorRT."""
     root = os.environ.get("TENSORRT_ROOT")
     if not root:
         pytest.skip("TENSORRT_ROOT is not set: a folder with TensorRT's include/NvInferRuntime.h")
@@ -39,6 +37,14 @@ def build(request: pytest.FixtureRequest, shim_library: Path) -> Build:
     include = folders[0].resolve()
     name = "-".join(include.parts[-3:-1] if include.name == "include" else include.parts[-2:])
     return build_plugins(shim_library.parent / f"plugins-{name}", include, shim_library)
+
+
+@pytest.fixture(scope="session", params=["stand-in", "TENSORRT_ROOT"])
+def build(request: pytest.FixtureRequest) -> Build:
+    """Built against either kind of headers."""
+    fixture = "stand_in" if request.param == "stand-in" else "real"
+    found: Build = request.getfixturevalue(fixture)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-// libnvinfer.so.10 as far as TensorRT's Python bindings need it to load a plugin library, make a plugin and put it into
-// a network. Needs TensorRT's own headers (10.x) and the vtables of GCC or Clang on x86-64 or Arm.
+// libnvinfer as far as TensorRT's Python bindings need it to load a plugin library, make a plugin and put it into a
+// network. Needs TensorRT's own headers (10 or 11), and vtables as GCC and Clang lay them out.
 #include <NvInfer.h>
 
 #include <dlfcn.h>
@@ -63,15 +63,17 @@ public:
     }
 
     // Not used here.
+#if NV_TENSORRT_MAJOR < 11
     bool registerCreator(IPluginCreator &, const char *) noexcept override { return false; }
-    bool registerCreator(IPluginCreatorInterface &, const char *) noexcept override { return false; }
     bool deregisterCreator(const IPluginCreator &) noexcept override { return false; }
-    bool deregisterCreator(const IPluginCreatorInterface &) noexcept override { return false; }
     IPluginCreator *const *getPluginCreatorList(int32_t *count) const noexcept override {
         *count = 0;
         return nullptr;
     }
     IPluginCreator *getPluginCreator(const char *, const char *, const char *) noexcept override { return nullptr; }
+#endif
+    bool registerCreator(IPluginCreatorInterface &, const char *) noexcept override { return false; }
+    bool deregisterCreator(const IPluginCreatorInterface &) noexcept override { return false; }
     void setErrorRecorder(IErrorRecorder *) noexcept override {}
     IErrorRecorder *getErrorRecorder() const noexcept override { return nullptr; }
     bool isParentSearchEnabled() const override { return false; }
@@ -85,12 +87,12 @@ private:
 } g_registry;
 
 // TensorRT's objects call their implementation through interfaces of up to a hundred functions, of which a few are
-// needed. A pointer to a virtual member function says where in the vtable it is.
+// needed. A pointer to a virtual member function holds the offset in the vtable, plus 1 on x86-64.
 template <class Member>
 size_t slot(Member member) {
     uintptr_t value = 0;
     std::memcpy(&value, &member, sizeof value);
-    return value / sizeof(void *);  // GCC and Clang add 1 (x86-64) or keep it as it is (Arm)
+    return value / sizeof(void *);
 }
 
 void not_there() {
@@ -112,12 +114,10 @@ struct Implementation {
 };
 
 struct StubTensor : ITensor {
-    StubTensor(const char *name, DataType type) : name(name), type(type) {
+    StubTensor(const char *name, DataType type, const Dims &dims) : name(name), type(type), dims(dims) {
         functions.owner = this;
         functions.set(&apiv::VTensor::getName, +[](Functions *f) { return f->owner->name.c_str(); });
         functions.set(&apiv::VTensor::getType, +[](Functions *f) { return f->owner->type; });
-        functions.set(&apiv::VTensor::getLocation, +[](Functions *f) { return f->owner->location; });
-        functions.set(&apiv::VTensor::setLocation, +[](Functions *f, TensorLocation l) { f->owner->location = l; });
         mImpl = functions.get();
     }
     struct Functions : Implementation<apiv::VTensor> {
@@ -125,44 +125,64 @@ struct StubTensor : ITensor {
     } functions;
     std::string name;
     DataType type;
-    TensorLocation location = TensorLocation::kDEVICE;
+    Dims dims;
 };
 
 struct StubLayer : IPluginV3Layer {
-    StubLayer(ITensor *const *tensors, int32_t count, IPluginV3 &plugin) : inputs(tensors, tensors + count) {
+    StubLayer(std::vector<StubTensor *> tensors, DataType type)
+        : inputs(std::move(tensors)), output(new StubTensor("output", type, inputs[0]->dims)) {
         functions.owner = this;
         functions.set(&apiv::VLayer::getNbInputs,
                       +[](Functions *f) { return static_cast<int32_t>(f->owner->inputs.size()); });
-        functions.set(&apiv::VLayer::getInput, +[](Functions *f, int32_t i) { return f->owner->inputs[i]; });
-        functions.set(&apiv::VLayer::getOutput, +[](Functions *f, int32_t) -> ITensor * { return &*f->owner->output; });
+        functions.set(&apiv::VLayer::getInput,
+                      +[](Functions *f, int32_t i) -> ITensor * { return f->owner->inputs[i]; });
+        functions.set(&apiv::VLayer::getOutput, +[](Functions *f, int32_t) -> ITensor * { return f->owner->output; });
         mLayer = functions.get();
-        auto *build = static_cast<IPluginV3OneBuild *>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
-        std::vector<DataType> types;
-        for (ITensor *tensor : inputs) types.push_back(tensor->getType());
-        DataType out{};
-        if (build->getNbOutputs() != 1 || build->getOutputDataTypes(&out, 1, types.data(), count) != 0) not_there();
-        output = new StubTensor("output", out);
     }
     struct Functions : Implementation<apiv::VLayer> {
         StubLayer *owner;
     } functions;
-    std::vector<ITensor *> inputs;
+    std::vector<StubTensor *> inputs;
     StubTensor *output;
 };
 
 IPluginV3 *g_plugin = nullptr;
 
+// Asks the plugin what TensorRT asks it when a network is built; null if it refuses.
+IPluginV3Layer *add_plugin(ITensor *const *inputs, int32_t count, IPluginV3 &plugin) {
+    g_plugin = plugin.clone();  // the caller's may go
+    auto *build = static_cast<IPluginV3OneBuild *>(g_plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
+    std::vector<StubTensor *> tensors;
+    std::vector<DataType> types;
+    std::vector<DynamicPluginTensorDesc> all(count + 1);
+    for (int32_t i = 0; i < count; ++i) {
+        tensors.push_back(static_cast<StubTensor *>(inputs[i]));
+        types.push_back(tensors[i]->type);
+        all[i].desc.type = tensors[i]->type;
+        all[i].desc.dims = all[i].min = all[i].opt = all[i].max = tensors[i]->dims;
+    }
+    DataType out{};
+    if (build->getNbOutputs() != 1 || build->getOutputDataTypes(&out, 1, types.data(), count) != 0) return nullptr;
+    all[count] = all[0];
+    all[count].desc.type = out;
+    for (int32_t i = 0; i <= count; ++i) {
+        if (!build->supportsFormatCombination(i, all.data(), count, 1)) {
+            g_log += "tensor " + std::to_string(i) + ": type or format refused\n";
+            return nullptr;
+        }
+    }
+    return new StubLayer(tensors, out);
+}
+
 struct StubNetwork : INetworkDefinition {
     StubNetwork() {
         using V = apiv::VNetworkDefinition;
-        functions.set(&V::addInput, +[](void *, const char *name, DataType type, const Dims &) -> ITensor * {
-            return new StubTensor(name, type);
+        functions.set(&V::addInput, +[](void *, const char *name, DataType type, const Dims &dims) -> ITensor * {
+            return new StubTensor(name, type, dims);
         });
         functions.set(&V::addPluginV3, +[](void *, ITensor *const *inputs, int32_t count, ITensor *const *,
                                            int32_t num_shapes, IPluginV3 &plugin) -> IPluginV3Layer * {
-            if (num_shapes != 0) return nullptr;
-            g_plugin = plugin.clone();  // as TensorRT does: the caller's may go
-            return new StubLayer(inputs, count, *g_plugin);
+            return num_shapes == 0 ? add_plugin(inputs, count, plugin) : nullptr;
         });
         mImpl = functions.get();
     }
@@ -199,7 +219,8 @@ const char *stub_fields() noexcept {
     static std::string text;
     text.clear();
     if (g_plugin == nullptr) return "";
-    auto *runtime = static_cast<IPluginV3OneRuntime *>(g_plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    IPluginCapability *capability = g_plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME);
+    auto *runtime = static_cast<IPluginV3OneRuntime *>(capability);
     const PluginFieldCollection *fields = runtime->getFieldsToSerialize();
     for (int32_t i = 0; i < fields->nbFields; ++i) {
         const PluginField &f = fields->fields[i];

@@ -74,9 +74,6 @@ class INetworkDefinition:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def get_layer(self, index: int) -> Layer:
-        return self.layers[index]
-
     def add_input(self, name: str, dtype: DataType, shape: Sequence[int]) -> ITensor:
         require(name not in [t.name for t in self.inputs], f"two engine inputs named {name!r}")
         tensor = ITensor(name, dtype, shape, name)

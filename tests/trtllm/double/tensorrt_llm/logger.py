@@ -17,8 +17,5 @@ class _Logger:
     def debug(self, *text: object) -> None:
         pass
 
-    def set_level(self, level: str) -> None:
-        pass
-
 
 logger = _Logger()

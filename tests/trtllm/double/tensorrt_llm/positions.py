@@ -53,9 +53,6 @@ class PositionEmbeddingType(_FromString):
     def is_rope(self) -> bool:
         return self.name in ("rope_gptj", "rope_gpt_neox", "long_rope", "mrope")
 
-    def is_mrope(self) -> bool:
-        return self is PositionEmbeddingType.mrope
-
     def is_alibi(self) -> bool:
         return self.name in ("alibi", "alibi_with_scale")
 

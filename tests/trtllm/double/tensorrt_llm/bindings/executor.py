@@ -1,18 +1,15 @@
-"""Double of ``tensorrt_llm.bindings.executor``: constructors, keywords and answers as in 1.0 - 1.2.
+"""``Executor``, with the classes of executor_types.py, which ``tensorrt_llm.bindings.executor`` has too.
 
-Read from the bindings of autumn 2025 (pybind and nanobind alike): names, order, defaults, what is
-keyword only, that ExecutorConfig takes any attribute later on, that responses come by iteration, that
-streams give single tokens and logits [1, beam, vocab], that logits are as wide as the padded
-vocabulary, the events and the log lines of the cache manager. Inferred: that 1.0.0 has neither
-``fail_fast_on_attention_window_too_large`` nor that name for ``mm_embedding_offloading``; shares of
-memory in 1.1 (as in 1.2); the exceptions of requests that are too long.
+Read from the bindings of autumn 2025: that responses come by iteration, that streams give single tokens
+and logits [1, beam, vocab], that logits are as wide as the padded vocabulary, the events and the log
+lines of the cache manager. Inferred: shares of memory in 1.1 (as in 1.2); the exceptions of requests
+that are too long.
 
 What is generated is made up: the next token is a hash of all tokens so far, so it depends neither on
 the batch nor on the engine. Logits have their largest value there, and a larger one in the padding.
 """
 
 import datetime
-import enum
 import hashlib
 import json
 import os
@@ -24,326 +21,47 @@ from types import SimpleNamespace
 import numpy as np
 
 from .._release import RELEASE
+from .executor_types import (
+    STACK,
+    BatchingType,
+    CommunicationMode,
+    CommunicationType,
+    ExecutorConfig,
+    FinishReason,
+    KvCacheConfig,
+    ModelType,
+    OutputConfig,
+    ParallelConfig,
+    Refusal,
+    Request,
+    Response,
+    RuntimeDefaults,
+    SamplingConfig,
+    typed,
+)
 
-try:
-    from ..version import __version__
-except ImportError:  # the sources themselves, not a release made of them
-    __version__ = "0"
+__all__ = [
+    "BatchingType",
+    "CommunicationMode",
+    "CommunicationType",
+    "Executor",
+    "ExecutorConfig",
+    "FinishReason",
+    "KvCacheConfig",
+    "ModelType",
+    "OutputConfig",
+    "ParallelConfig",
+    "Request",
+    "Response",
+    "RuntimeDefaults",
+    "SamplingConfig",
+]
 
 MEMORY = int(os.environ.get("TRT_RAZOR_DOUBLE_MEMORY", str(64 << 20)))
 """Bytes of the made-up GPU that are free for KV pools and state slots."""
 STEP_SECONDS = float(os.environ.get("TRT_RAZOR_DOUBLE_STEP", "0"))
 opened: list = []
 """Every executor of this process, for tests to look into."""
-
-
-_STACK = "\n1  0x7f [stack]"
-"""Errors from C++ go on with a stack trace; TensorRT-LLM's words themselves are not mirrored."""
-
-
-class _Refusal(RuntimeError):
-    """What the bindings make of an error in C++."""
-
-    def __init__(self, text):
-        super().__init__(f"[TensorRT-LLM][ERROR] {text}{_STACK}")
-
-
-class ModelType(enum.Enum):
-    ENCODER_ONLY = 0
-    DECODER_ONLY = 1
-    ENCODER_DECODER = 2
-
-
-class BatchingType(enum.Enum):
-    STATIC = 0
-    INFLIGHT = 1
-
-
-class CapacitySchedulerPolicy(enum.Enum):
-    MAX_UTILIZATION = 0
-    GUARANTEED_NO_EVICT = 1
-    STATIC_BATCH = 2
-
-
-class ContextChunkingPolicy(enum.Enum):
-    EQUAL_PROGRESS = 0
-    FIRST_COME_FIRST_SERVED = 1
-
-
-class CommunicationType(enum.Enum):
-    MPI = 0
-
-
-class CommunicationMode(enum.Enum):
-    LEADER = 0
-    ORCHESTRATOR = 1
-
-
-class FinishReason(enum.Enum):
-    NOT_FINISHED = 0
-    END_ID = 1
-    STOP_WORDS = 2
-    LENGTH = 3
-    TIMED_OUT = 4
-    CANCELLED = 5
-
-
-class RuntimeDefaults:
-    def __init__(self, max_attention_window=None, sink_token_length=None):
-        self.max_attention_window = max_attention_window
-        self.sink_token_length = sink_token_length
-
-
-class KvCacheConfig:
-    def __init__(
-        self,
-        enable_block_reuse=True,
-        max_tokens=None,
-        max_attention_window=None,
-        sink_token_length=None,
-        free_gpu_memory_fraction=None,
-        host_cache_size=None,
-        onboard_blocks=True,
-        cross_kv_cache_fraction=None,
-        secondary_offload_min_priority=None,
-        event_buffer_max_size=0,
-        *,
-        enable_partial_reuse=True,
-        copy_on_partial_reuse=True,
-        use_uvm=False,
-        attention_dp_events_gather_period_ms=5,
-        runtime_defaults=None,
-        max_gpu_total_bytes=0,
-    ):
-        if max_attention_window is not None:
-            _typed(max_attention_window, list, "max_attention_window")
-            if not all(type(w) is int and w > 0 for w in max_attention_window):
-                raise TypeError("max_attention_window: incompatible function arguments")
-        if sink_token_length is not None:
-            _typed(sink_token_length, int, "sink_token_length")
-        if free_gpu_memory_fraction is not None and not 0 < free_gpu_memory_fraction < 1:
-            raise RuntimeError(f"free_gpu_memory_fraction: {free_gpu_memory_fraction}")
-        self.enable_block_reuse = enable_block_reuse
-        self.max_tokens = max_tokens
-        self.max_attention_window = max_attention_window
-        self.sink_token_length = sink_token_length
-        self.free_gpu_memory_fraction = free_gpu_memory_fraction
-        self.event_buffer_max_size = event_buffer_max_size
-
-
-class SchedulerConfig:
-    def __init__(
-        self,
-        capacity_scheduler_policy=CapacitySchedulerPolicy.GUARANTEED_NO_EVICT,
-        context_chunking_policy=None,
-        dynamic_batch_config=None,
-    ):
-        self.capacity_scheduler_policy = capacity_scheduler_policy
-
-
-class PeftCacheConfig:
-    pass
-
-
-class ExtendedRuntimePerfKnobConfig:
-    def __init__(self, multi_block_mode=True, enable_context_fmha_fp32_acc=False):
-        self.multi_block_mode = multi_block_mode
-
-
-class ParallelConfig:
-    def __init__(
-        self,
-        communication_type=CommunicationType.MPI,
-        communication_mode=CommunicationMode.LEADER,
-        device_ids=None,
-        participant_ids=None,
-        orchestrator_config=None,
-        num_nodes=None,
-    ):
-        _typed(communication_type, CommunicationType, "communication_type")
-        _typed(communication_mode, CommunicationMode, "communication_mode")
-        self.communication_type = communication_type
-        self.communication_mode = communication_mode
-
-
-_FIELDS = {
-    "max_beam_width": 1,
-    "scheduler_config": None,
-    "kv_cache_config": None,
-    "enable_chunked_context": False,
-    "normalize_log_probs": True,
-    "iter_stats_max_iterations": 1000,
-    "request_stats_max_iterations": 0,
-    "batching_type": BatchingType.INFLIGHT,
-    "max_batch_size": None,
-    "max_num_tokens": None,
-    "parallel_config": None,
-    "peft_cache_config": None,
-    "logits_post_processor_config": None,
-    "decoding_config": None,
-    "use_gpu_direct_storage": False,
-    "gpu_weights_percent": 1.0,
-    "max_queue_size": None,
-    "extended_runtime_perf_knob_config": None,
-    "debug_config": None,
-    "recv_poll_period_ms": 0,
-    "max_seq_idle_microseconds": 180_000_000,
-    "spec_dec_config": None,
-    "guided_decoding_config": None,
-    "additional_model_outputs": None,
-    "cache_transceiver_config": None,
-    "gather_generation_logits": False,
-    **(
-        {"prompt_table_offloading": False}
-        if RELEASE < (1, 1)
-        else {"mm_embedding_offloading": False}
-    ),
-    "enable_trt_overlap": False,
-    **({} if RELEASE < (1, 1) else {"fail_fast_on_attention_window_too_large": False}),
-}
-
-
-class ExecutorConfig:
-    def __init__(self, *values, **named):
-        if len(values) > len(_FIELDS):
-            raise TypeError("__init__(): incompatible constructor arguments")
-        for name in named:
-            if name not in _FIELDS:
-                raise TypeError(
-                    f"__init__(): incompatible constructor arguments: unexpected keyword {name}"
-                )
-        given = {**dict(zip(_FIELDS, values, strict=False)), **named}
-        for name, default in _FIELDS.items():
-            setattr(self, f"_{name}", given.get(name, default))
-        if self._kv_cache_config is None:
-            self._kv_cache_config = KvCacheConfig()
-        _typed(self._kv_cache_config, KvCacheConfig, "kv_cache_config")
-        _typed(self._batching_type, BatchingType, "batching_type")
-
-
-def _property(name):
-    return property(
-        lambda self: getattr(self, f"_{name}"), lambda self, v: setattr(self, f"_{name}", v)
-    )
-
-
-for _name in _FIELDS:
-    setattr(ExecutorConfig, _name, _property(_name))
-
-
-class SamplingConfig:
-    def __init__(
-        self,
-        beam_width=1,
-        *,
-        top_k=None,
-        top_p=None,
-        top_p_min=None,
-        top_p_reset_ids=None,
-        top_p_decay=None,
-        seed=None,
-        temperature=None,
-        min_tokens=None,
-        beam_search_diversity_rate=None,
-        repetition_penalty=None,
-        presence_penalty=None,
-        frequency_penalty=None,
-        length_penalty=None,
-        early_stopping=None,
-        no_repeat_ngram_size=None,
-        num_return_sequences=None,
-        min_p=None,
-        beam_width_array=None,
-    ):
-        self.beam_width, self.top_k = beam_width, top_k
-
-
-class OutputConfig:
-    def __init__(
-        self,
-        return_log_probs=False,
-        return_context_logits=False,
-        return_generation_logits=False,
-        exclude_input_from_output=False,
-        return_encoder_output=False,
-        return_perf_metrics=False,
-        additional_model_outputs=None,
-    ):
-        self.return_context_logits = return_context_logits
-        self.return_generation_logits = return_generation_logits
-        self.exclude_input_from_output = exclude_input_from_output
-        self.return_perf_metrics = return_perf_metrics
-
-
-class Request:
-    def __init__(
-        self,
-        input_token_ids,
-        max_tokens,
-        *,
-        streaming=False,
-        sampling_config=None,
-        output_config=None,
-        end_id=None,
-        pad_id=None,
-        position_ids=None,
-        bad_words=None,
-        stop_words=None,
-        embedding_bias=None,
-        external_draft_tokens_config=None,
-        prompt_tuning_config=None,
-        multimodal_input=None,
-        multimodal_embedding=None,
-        mrope_config=None,
-        lora_config=None,
-        lookahead_config=None,
-        kv_cache_retention_config=None,
-        logits_post_processor_name=None,
-        logits_post_processor=None,
-        encoder_input_token_ids=None,
-        client_id=None,
-        return_all_generated_tokens=False,
-        priority=0.5,
-        type=None,
-        context_phase_params=None,
-        encoder_input_features=None,
-        encoder_output_length=None,
-        cross_attention_mask=None,
-        num_return_sequences=1,
-        eagle_config=None,
-        skip_cross_attn_blocks=None,
-        guided_decoding_params=None,
-        language_adapter_uid=None,
-        allotted_time_ms=None,
-        cache_salt_id=None,
-    ):
-        _typed(input_token_ids, list, "input_token_ids")
-        if any(not isinstance(t, int) for t in input_token_ids):
-            raise TypeError("input_token_ids: incompatible constructor arguments")
-        _typed(max_tokens, int, "max_tokens")
-        if not input_token_ids or max_tokens < 1:
-            raise _Refusal("a request without tokens")
-        self.input_token_ids, self.max_tokens = input_token_ids, max_tokens
-        self.streaming, self.end_id = streaming, end_id
-        self.output_config = output_config or OutputConfig()
-        self.sampling_config = sampling_config or SamplingConfig()
-
-
-class Response:
-    def __init__(self, request_id, result=None, error_msg=""):
-        self.request_id, self.client_id, self.result, self._error = (
-            request_id,
-            None,
-            result,
-            error_msg,
-        )
-
-    def has_error(self):
-        return bool(self._error)
-
-    @property
-    def error_msg(self):
-        return self._error
 
 
 class KVCacheEventManager:
@@ -359,7 +77,7 @@ class KVCacheEventManager:
 
     def get_latest_events(self, timeout=None):
         if timeout is not None:
-            _typed(timeout, datetime.timedelta, "timeout")
+            typed(timeout, datetime.timedelta, "timeout")
         events, self._events = self._events, []
         return events
 
@@ -382,8 +100,8 @@ class Executor:
     def __init__(self, model_path, model_type, executor_config):
         if not isinstance(model_path, (str, pathlib.Path)):
             raise TypeError("__init__(): incompatible constructor arguments")
-        _typed(model_type, ModelType, "model_type")
-        _typed(executor_config, ExecutorConfig, "executor_config")
+        typed(model_type, ModelType, "model_type")
+        typed(executor_config, ExecutorConfig, "executor_config")
         folder = pathlib.Path(model_path)
         config = json.loads((folder / "config.json").read_text())
         self.config = executor_config
@@ -393,17 +111,17 @@ class Executor:
         self.rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
         for rank in range(self.world):
             if not (folder / f"rank{rank}.engine").is_file():
-                raise _Refusal(f"no file rank{rank}.engine")
+                raise Refusal(f"no file rank{rank}.engine")
         if "razor" in self._pretrained:
             _need_plugin()
         self._hybrid = "recurrent" in self._pretrained.get("layer_types", [])
         if self._hybrid and executor_config.enable_chunked_context:
-            raise _Refusal("chunked context in a hybrid model")
+            raise Refusal("chunked context in a hybrid model")
         plugins = self._build["plugin_config"]
         if executor_config.enable_chunked_context and not plugins["use_paged_context_fmha"]:
-            raise _Refusal("chunked context without paged context attention")
+            raise Refusal("chunked context without paged context attention")
         if (executor_config.max_batch_size or 0) > self._build["max_batch_size"]:
-            raise _Refusal(f"max_batch_size {executor_config.max_batch_size} of the executor")
+            raise Refusal(f"max_batch_size {executor_config.max_batch_size} of the executor")
         self.max_batch_size = executor_config.max_batch_size or self._build["max_batch_size"]
         self.blocks = self._make_pools()
         kv = executor_config.kv_cache_config
@@ -426,7 +144,7 @@ class Executor:
         windows = [min(told[i % len(told)], longest) for i in range(len(heads))]
         sinks = kv.sink_token_length or 0
         if sinks and RELEASE >= (1, 1):
-            raise _Refusal("sinks in a cache that is not cyclic")
+            raise Refusal("sinks in a cache that is not cyclic")
         self._bubble = -sinks % self._tpb
         element = 1 if pre["quantization"].get("kv_cache_quant_algo") == "FP8" else 2
         per_token = {}
@@ -451,7 +169,7 @@ class Executor:
         if list(clamped) != list(blocks):
             text = f"Old: {list(blocks)}, New: {list(clamped)}"
             if getattr(self.config, "fail_fast_on_attention_window_too_large", False):
-                raise _Refusal(f"a window does not fit. {text}")
+                raise Refusal(f"a window does not fit. {text}")
             # These lines are the real ones, as far as cache_settings.py looks for them.
             _log(
                 "[TensorRT-LLM][WARNING] maxAttentionWindowVec too large to fit at least one sequence in "
@@ -483,15 +201,12 @@ class Executor:
         return self.rank == 0
 
     def enqueue_request(self, request):
-        _typed(request, Request, "request")
+        typed(request, Request, "request")
         if not self.can_enqueue_requests() or self.shut_down:
-            raise _Refusal("requests on a rank that does not lead, or after the end")
+            raise Refusal("requests on a rank that does not lead, or after the end")
         request_id, self._next = self._next, self._next + 1
         self._waiting.append(_Sequence(request_id, request, time.monotonic()))
         return request_id
-
-    def enqueue_requests(self, requests):
-        return [self.enqueue_request(r) for r in requests]
 
     def cancel_request(self, request_id):
         for queue in (self._waiting, self._active):
@@ -499,7 +214,7 @@ class Executor:
 
     def await_responses(self, timeout=None):
         if timeout is not None:
-            _typed(timeout, datetime.timedelta, "timeout")
+            typed(timeout, datetime.timedelta, "timeout")
         contexts = []
         while self._waiting and len(self._active) < self.max_batch_size:
             sequence = self._waiting.pop(0)
@@ -527,7 +242,7 @@ class Executor:
         if len(request.input_token_ids) + request.max_tokens > self._build["max_seq_len"]:
             sequence.rows = None
             return [
-                Response(sequence.id, error_msg=f"{sequence.id}: longer than max_seq_len{_STACK}")
+                Response(sequence.id, error_msg=f"{sequence.id}: longer than max_seq_len{STACK}")
             ]
         if (
             len(request.input_token_ids) > self._build["max_num_tokens"]
@@ -541,7 +256,7 @@ class Executor:
         sequence.first = sequence.first or now
         if out.return_generation_logits:
             if not self.config.gather_generation_logits:
-                raise _Refusal("generation logits that are not gathered")
+                raise Refusal("generation logits that are not gathered")
             sequence.rows.append(logits_of(token, self._pretrained["vocab_size"]))
         ended = token == request.end_id
         final = ended or sequence.generated >= request.max_tokens
@@ -636,12 +351,7 @@ def _need_plugin():
     import tensorrt
 
     if tensorrt.get_plugin_registry().get_creator("RazorGptAttention", "1", "trt_razor") is None:
-        raise _Refusal("engine needs the plugin RazorGptAttention, which is not registered")
-
-
-def _typed(value, kind, name):
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{name}: incompatible function arguments: {type(value).__name__}")
+        raise Refusal("engine needs the plugin RazorGptAttention, which is not registered")
 
 
 def _log(text):

@@ -25,8 +25,9 @@ except ModuleNotFoundError:
 def default_range(
     max_range: int, offset: int = 0, min_range: int = 1, opt_offset: int = 0
 ) -> list[int]:
-    middle = (max_range + min_range + opt_offset) // 2
-    return [value + offset for value in (min_range, middle, max_range)]
+    """[min, opt, max] of a profile; ``opt`` lies in the middle."""
+    opt = (min_range + opt_offset + max_range) // 2
+    return [min_range + offset, opt + offset, max_range + offset]
 
 
 def _batch_range(max_batch_size: int, max_beam_width: int, opt_batch_size: int | None) -> list[int]:
@@ -51,12 +52,11 @@ class GenerationMixin:
         paged_state: bool = False,
         kv_cache_type: KVCacheType = KVCacheType.CONTINUOUS,
     ) -> bool:
-        if use_gpt_attention_plugin and use_gemm_plugin:
-            return False
-        paged = kv_cache_type in (KVCacheType.PAGED, KVCacheType.DISABLED)
-        attention = remove_input_padding and use_gpt_attention_plugin and paged
-        state = remove_input_padding and use_mamba_conv1d_plugin and paged_state
-        return not (attention or state)
+        """Whether prompts and generation need profiles of their own: not for in-flight batching."""
+        attention = use_gpt_attention_plugin and kv_cache_type is not KVCacheType.CONTINUOUS
+        state = use_mamba_conv1d_plugin and paged_state
+        in_flight = remove_input_padding and (attention or state)
+        return not (in_flight or (use_gpt_attention_plugin and use_gemm_plugin))
 
     @staticmethod
     def get_profiles_ranges(
@@ -117,6 +117,7 @@ class GenerationMixin:
         local = layers
         if attn_layer_idx is not None:
             local = [i for i in layers if i in attn_layer_idx]
+        # As many caches as a stage before this one has layers.
         previous = len(layers) if mapping.pp_rank == 0 else layers[0] // mapping.pp_rank
         p, rows = num_profiles, len(local)
         batch = _batch_range(max_batch_size, max_beam_width, opt_batch_size)
@@ -125,43 +126,31 @@ class GenerationMixin:
         tokens += tokens_per_block if max_beam_width > 1 else 0
         blocks = [-(-n // tokens_per_block) for n in default_range(tokens)]
 
-        def per_sequence(name: str) -> Tensor:
-            return _input(name, trt.int32, [-1], p, batch_size_beam_width=batch)
+        def scalars(name: str, dtype: Any, count: int, dim: str) -> None:
+            out[name] = _input(name, dtype, [count], p, **{dim: count})
 
-        def offsets(name: str) -> Tensor:
-            pools = {"num_kv_cache_pools": [1, 1, rows], "batch_size_beam_width": batch}
-            shape = [-1, -1, 2, -1]
-            return _input(name, trt.int32, shape, p, **pools, kv=2, max_blocks_per_seq=blocks)
-
-        out: dict[str, Any] = {"attention_mask": None}
-        for name in ("sequence_length", "host_request_types", "host_past_key_value_lengths"):
-            out[name] = per_sequence(name)
-        for name in ("context_lengths", "host_context_lengths"):
-            out[name] = per_sequence(name)
-        name = "host_runtime_perf_knobs"
-        out[name] = _input(name, trt.int64, [16], p, perf_knob_size=16)
-        name = "host_context_progress"
-        out[name] = _input(name, trt.int64, [1], p, context_progress_size=1)
-        name = "host_max_attention_window_sizes"
-        out[name] = _input(name, trt.int32, [rows], p, num_layers=rows)
-        out["host_sink_token_length"] = _input(
-            "host_sink_token_length", trt.int32, [1], p, scalar=1
-        )
-        out["past_key_value"] = [None] * previous
-        out["cache_indirection"] = _input(
-            "cache_indirection",
-            trt.int32,
-            [-1, -1, -1],
-            p,
-            batch_size_cache=default_range(max_batch_size),
-            beam_width=default_range(max_beam_width),
-            max_seq_len=default_range(max_seq_len),
-        )
-        out["kv_cache_block_offsets"] = offsets("kv_cache_block_offsets")
-        out["host_kv_cache_block_offsets"] = offsets("host_kv_cache_block_offsets")
+        out: dict[str, Any] = {"attention_mask": None, "past_key_value": [None] * previous}
+        # In the order in which the engine's inputs are made.
+        for name in _PER_SEQUENCE:
+            out[name] = _input(name, trt.int32, [-1], p, batch_size_beam_width=batch)
+        scalars("host_runtime_perf_knobs", trt.int64, 16, "perf_knob_size")
+        scalars("host_context_progress", trt.int64, 1, "context_progress_size")
+        scalars("host_max_attention_window_sizes", trt.int32, rows, "num_layers")
+        scalars("host_sink_token_length", trt.int32, 1, "scalar")
+        sizes: dict[str, Any] = {
+            "batch_size_cache": default_range(max_batch_size),
+            "beam_width": default_range(max_beam_width),
+            "max_seq_len": default_range(max_seq_len),
+        }
+        name = "cache_indirection"
+        out[name] = _input(name, trt.int32, [-1, -1, -1], p, **sizes)
+        for name in ("kv_cache_block_offsets", "host_kv_cache_block_offsets"):
+            sizes = {"num_kv_cache_pools": [1, 1, rows], "batch_size_beam_width": batch}
+            sizes |= {"kv": 2, "max_blocks_per_seq": blocks}
+            out[name] = _input(name, trt.int32, [-1, -1, 2, -1], p, **sizes)
         name = "host_kv_cache_pool_pointers"
-        pools = {"num_pools_layers": [1, 1, len(layers)], "num_pools_kv": 2}
-        out[name] = _input(name, trt.int64, [-1, 2], p, **pools)
+        sizes = {"num_pools_layers": [1, 1, len(layers)], "num_pools_kv": 2}
+        out[name] = _input(name, trt.int64, [-1, 2], p, **sizes)
         name = "host_kv_cache_pool_mapping"
         sizes = {"pools_mapping": rows, "layer_cache_pool_locator": 2}
         out[name] = _input(name, trt.int32, [rows, 2], p, **sizes)
@@ -230,8 +219,7 @@ class GenerationMixin:
         if mapping.is_first_pp_rank():
             out["input_ids"] = _input("input_ids", trt.int32, [-1], p, num_tokens=tokens)
         else:
-            assert dtype is not None
-            assert num_heads is not None
+            require(dtype is not None and num_heads is not None, "stages after the first need both")
             name = "hidden_states_input"
             sizes = {"num_tokens": tokens, "hidden_size": hidden_size}
             out[name] = _input(name, dtype, [-1, hidden_size], p, **sizes)
@@ -277,6 +265,13 @@ _BASIC_KEYS = (
     "lora_weights_pointers",
     "spec_decoding_params",
     "mrope_params",
+)
+_PER_SEQUENCE = (
+    "sequence_length",
+    "host_request_types",
+    "host_past_key_value_lengths",
+    "context_lengths",
+    "host_context_lengths",
 )
 _ATTENTION_KEYS = (
     "attention_mask",

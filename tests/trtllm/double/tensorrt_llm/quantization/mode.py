@@ -65,9 +65,3 @@ class QuantMode(enum.IntFlag):
 
     def has_kv_cache_quant(self) -> bool:
         return self.has_int8_kv_cache() or self.has_fp8_kv_cache() or self.has_fp4_kv_cache()
-
-    def has_fp8_qdq(self) -> bool:
-        return bool(self & QuantMode.FP8_QDQ)
-
-    def has_fp8_rowwise(self) -> bool:
-        return bool(self & QuantMode.FP8_ROWWISE)
