@@ -417,8 +417,11 @@ def test_ranks_must_match(
 
 def test_close_twice(trtllm: doubles.Double, tmp_path: Path) -> None:
     executor: TrtLlmExecutor = open_executor(engine_folder(tmp_path / "e", trtllm.release).path)
+    ends: list[bool] = []
+    bindings(trtllm).opened[-1].shutdown = lambda: ends.append(True)
     executor.close()
     executor.close()
+    assert ends == [True]
 
 
 # Without TensorRT-LLM -------------------------------------------------------------------------

@@ -122,7 +122,12 @@ def _compile(job: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
     network = builder.create_network(_network_flags(trt))
     config = builder.create_builder_config()
-    parser = trt.OnnxParser(network, logger)
+    try:
+        parser = trt.OnnxParser(network, logger)
+    except TypeError:
+        raise RazorError(
+            f"{product}'s parser cannot start: {first_line(logger.messages)}"
+        ) from None
     if job["plugin"]:
         # The plugin rather than the function body the graph brings along, and caches in place.
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)

@@ -181,7 +181,12 @@ class EngineSession(ABC):
     def _load(self, path: Path) -> None:
         trt, self._errors = self._trt, collect_errors(self._trt)
         self._before_load()
-        self._runtime = trt.Runtime(self._errors)
+        try:
+            self._runtime = trt.Runtime(self._errors)
+        except TypeError:  # how the bindings say null: no GPU, no driver
+            raise RazorError(
+                f"{path}: TensorRT's runtime cannot start: {first_line(self._errors.messages)}"
+            ) from None
         try:
             plan = path.read_bytes()
         except OSError as e:

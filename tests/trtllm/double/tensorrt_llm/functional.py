@@ -140,7 +140,7 @@ def _create_tensor(trt_tensor: Any, producer: Any) -> Tensor:
     return Tensor(is_network_input=False, trt_tensor=trt_tensor)
 
 
-def _record(
+def record(
     what: str,
     inputs: Sequence[Tensor],
     shape: Sequence[int],
@@ -158,7 +158,7 @@ def cast(input: Tensor, dtype: Any) -> Tensor:
     dtype = to_trt_dtype(dtype)
     if input.dtype == dtype:
         return input
-    return _record("cast", [input], input.shape, dtype, *_same_data(input))
+    return record("cast", [input], input.shape, dtype, *_same_data(input))
 
 
 def _same_data(input: Tensor) -> tuple[str, list[Any] | None]:
@@ -194,7 +194,7 @@ def view(input: Tensor, shape: Any, zero_is_placeholder: bool = True) -> Tensor:
         )
         if input.shape.count(-1) == 1 and input.shape[0] == -1 and sizes[0] == -1:
             require(old == new, f"view {input.shape} as {sizes}: rows would change")
-    return _record("view", [input], sizes, None, *_same_data(input))
+    return record("view", [input], sizes, None, *_same_data(input))
 
 
 def shape(
@@ -202,7 +202,7 @@ def shape(
 ) -> Tensor:
     sizes = list(input.shape) if dim is None else [input.shape[dim]]
     out_shape = [len(sizes)] if dim is None else []
-    return _record("shape", [input], out_shape, cast_to_dtype or trt.int64, values=sizes)
+    return record("shape", [input], out_shape, cast_to_dtype or trt.int64, values=sizes)
 
 
 def concat(inputs: Sequence[Any], dim: int = 0) -> Tensor:
@@ -210,7 +210,7 @@ def concat(inputs: Sequence[Any], dim: int = 0) -> Tensor:
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     if len(tensors) < len(inputs) or all(t.ndim() == 0 for t in tensors):
         sizes = _shape_values(list(inputs))
-        return _record("concat", tensors, [len(sizes)], trt.int64, values=sizes)
+        return record("concat", tensors, [len(sizes)], trt.int64, values=sizes)
     first = tensors[0]
     axis = dim % first.ndim()
     for t in tensors:
@@ -226,7 +226,7 @@ def concat(inputs: Sequence[Any], dim: int = 0) -> Tensor:
     values = None
     if first.ndim() == 1 and all(t.trt_tensor.values is not None for t in tensors):
         values = [v for t in tensors for v in t.trt_tensor.values]
-    return _record("concat", tensors, out, values=values)
+    return record("concat", tensors, out, values=values)
 
 
 def split(tensor: Tensor, split_size_or_sections: Any, dim: int = 0) -> list[Tensor]:
@@ -242,14 +242,14 @@ def split(tensor: Tensor, split_size_or_sections: Any, dim: int = 0) -> list[Ten
     for size in sections:
         new = list(tensor.shape)
         new[axis] = size
-        out.append(_record("slice", [tensor], new))
+        out.append(record("slice", [tensor], new))
     return out
 
 
 def _elementwise(what: str, left: Any, right: Any) -> Tensor:
     tensors = [t for t in (left, right) if isinstance(t, Tensor)]
     if len(tensors) == 1:  # a Python number becomes a constant of the same dtype
-        return _record(what, tensors, tensors[0].shape)
+        return record(what, tensors, tensors[0].shape)
     require(left.dtype == right.dtype, f"{what}: {left.dtype.name} and {right.dtype.name}")
     n = max(left.ndim(), right.ndim())
     shapes = [(1,) * (n - t.ndim()) + t.shape for t in (left, right)]
@@ -257,16 +257,16 @@ def _elementwise(what: str, left: Any, right: Any) -> Tensor:
     for a, b in zip(*shapes, strict=True):
         require(a == b or 1 in (a, b) or -1 in (a, b), f"{what}: {left.shape} and {right.shape}")
         out.append(b if a == 1 else a if b in (1, -1) else b)
-    return _record(what, tensors, out)
+    return record(what, tensors, out)
 
 
 def clip(input: Tensor, alpha: float, beta: float) -> Tensor:
     require(alpha <= beta, f"clip: {alpha} .. {beta}")
-    return _record("clip", [input], input.shape)
+    return record("clip", [input], input.shape)
 
 
 def silu(input: Tensor) -> Tensor:
-    return _record("silu", [input], input.shape)
+    return record("silu", [input], input.shape)
 
 
 ACT2FN = {"silu": silu, "swiglu": silu}
@@ -283,7 +283,7 @@ def matmul(
     b = mat2.shape[::-1] if transb else mat2.shape
     require(a[-1] == b[-2], f"matmul: {a} by {b}")
     require(input.dtype == mat2.dtype, f"matmul: {input.dtype.name} by {mat2.dtype.name}")
-    return _record("matmul", [input, mat2], (*a[:-1], b[-1]))
+    return record("matmul", [input, mat2], (*a[:-1], b[-1]))
 
 
 def _normalised(what: str, input: Tensor, shape: Any, operands: Sequence[Any]) -> Tensor:
@@ -292,7 +292,7 @@ def _normalised(what: str, input: Tensor, shape: Any, operands: Sequence[Any]) -
     tensors = [t for t in operands if isinstance(t, Tensor)]
     for t in tensors:
         require(list(t.shape) == shape and t.dtype == input.dtype, f"{what}: weight {t.shape}")
-    return _record(what, [input, *tensors], input.shape)
+    return record(what, [input, *tensors], input.shape)
 
 
 def rms_norm(
@@ -318,7 +318,7 @@ def layer_norm(
 
 def embedding(input: Tensor, weight: Tensor, tp_size: int = 1, **kwargs: Any) -> Tensor:
     require(input.dtype == trt.int32 and input.ndim() == 1, "embedding: packed int32 ids")
-    return _record("embedding", [input, weight], (input.shape[0], weight.shape[1]), weight.dtype)
+    return record("embedding", [input, weight], (input.shape[0], weight.shape[1]), weight.dtype)
 
 
 def gather_last_token_logits(
@@ -326,7 +326,7 @@ def gather_last_token_logits(
 ) -> Tensor:
     require(remove_input_padding, "the double knows packed input only")
     shape = (last_token_ids.shape[0], hidden_states.shape[-1])
-    return _record("gather", [hidden_states, last_token_ids], shape)
+    return record("gather", [hidden_states, last_token_ids], shape)
 
 
 def allreduce(
@@ -337,22 +337,22 @@ def allreduce(
     )
     fused = all_reduce_params and all_reduce_params.fusion_op is not AllReduceFusionOp.NONE
     require(not fused, "allreduce: fusions are not doubled")
-    return _record("allreduce", [tensor], tensor.shape)
+    return record("allreduce", [tensor], tensor.shape)
 
 
 def allgather(tensor: Tensor, group: list[int], gather_dim: int = 0) -> Tensor:
     out = list(tensor.shape)
     if out[gather_dim] != -1:
         out[gather_dim] *= len(group)
-    return _record("allgather", [tensor], out)
+    return record("allgather", [tensor], out)
 
 
 def send(tensor: Tensor, tgt: int) -> Tensor:
-    return _record(f"send to {tgt}", [tensor], tensor.shape)
+    return record(f"send to {tgt}", [tensor], tensor.shape)
 
 
 def recv(tensor: Tensor, src: int) -> Tensor:
-    return _record(f"recv from {src}", [tensor], tensor.shape)
+    return record(f"recv from {src}", [tensor], tensor.shape)
 
 
 from .attention_plugin import gpt_attention  # noqa: E402

@@ -19,7 +19,7 @@ from .._release import RELEASE
 from ..builder import BuildConfig, Engine, build
 from ..models import MODEL_MAP, PretrainedConfig
 from ..plugin import PluginConfig
-from ..plugin.plugin import _DEFAULTS
+from ..plugin.plugin import DEFAULTS
 
 _NUMBERS = ("max_batch_size", "max_input_len", "max_seq_len", "max_beam_width", "max_num_tokens")
 _NO_OPTION = ("dtype", "paged_kv_cache", "manage_weights")
@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--gather_context_logits", action="store_true")
     parser.add_argument("--log_level", default="info")
-    for name, default in _DEFAULTS.items():
+    for name, default in DEFAULTS.items():
         if name not in _NO_OPTION:
             parser.add_argument(f"--{name}", type=int if type(default) is int else str)
     return parser.parse_args(argv)

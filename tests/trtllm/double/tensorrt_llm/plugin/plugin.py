@@ -21,7 +21,7 @@ from .._release import RELEASE
 TRT_LLM_PLUGIN_NAMESPACE = "tensorrt_llm"
 
 _TYPES = (None, "auto", "float16", "float32", "bfloat16", "int32", "fp8", "nvfp4")
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "dtype": "float16",
     "bert_attention_plugin": "auto",
     "gpt_attention_plugin": "auto",
@@ -73,9 +73,9 @@ class PluginConfig:
     def __init__(self, **kwargs: Any) -> None:
         if RELEASE < (1, 1) and kwargs:
             raise TypeError(f"PluginConfig.__init__() got an unexpected keyword argument {kwargs}")
-        object.__setattr__(self, "_stored", dict(_DEFAULTS))
+        object.__setattr__(self, "_stored", dict(DEFAULTS))
         for name, value in kwargs.items():
-            if name in _DEFAULTS:
+            if name in DEFAULTS:
                 setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -85,10 +85,10 @@ class PluginConfig:
         return stored["dtype"] if stored[name] == "auto" else stored[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _DEFAULTS:
+        if name not in DEFAULTS:
             error = AttributeError if RELEASE < (1, 1) else ValueError
             raise error(f"'PluginConfig' object has no field '{name}'")
-        default = _DEFAULTS[name]
+        default = DEFAULTS[name]
         if isinstance(default, bool) or name == "paged_kv_cache":
             if RELEASE >= (1, 1):
                 value = _SWITCH.get(value, value) if isinstance(value, str) else value
@@ -114,8 +114,8 @@ class PluginConfig:
     def update(self, values: dict[str, Any]) -> None:
         """Double only: sets what is known, from a dict or the command line."""
         for name, value in values.items():
-            if name in _DEFAULTS:
-                is_switch = isinstance(_DEFAULTS[name], bool) or name == "paged_kv_cache"
+            if name in DEFAULTS:
+                is_switch = isinstance(DEFAULTS[name], bool) or name == "paged_kv_cache"
                 if value in _SWITCH and isinstance(value, str):
                     value = _SWITCH[value] if is_switch else "auto" if _SWITCH[value] else None
                 setattr(self, name, value)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tensorrt.errors import require
 
-from ..functional import Tensor, _record, allgather, allreduce, cast
+from ..functional import Tensor, record, allgather, allreduce, cast
 from ..layers.attention import Attention
 from ..layers.linear import Linear, RowLinear
 from ..module import Module
@@ -29,7 +29,7 @@ class _Quantised(Module):
 
     def _product(self, x: Tensor, what: str, gather: bool) -> Tensor:
         require(x.shape[-1] == self.in_features, f"{what}: {x.shape} into {self.in_features}")
-        out = _record(what, [x, self.weight.value], (*x.shape[:-1], self.out_features))
+        out = record(what, [x, self.weight.value], (*x.shape[:-1], self.out_features))
         if self.bias is not None:
             out = out + cast(self.bias.value, out.dtype)
         return allgather(out, self.tp_group, -1) if gather and self.tp_size > 1 else out
