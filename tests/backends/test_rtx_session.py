@@ -138,6 +138,22 @@ def test_refuses_a_machine_that_cannot_run_it(
     assert not cudart.live
 
 
+def test_a_runtime_that_cannot_start_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bindings say null with a TypeError."""
+
+    def null(self: FakeTrt, logger: Any) -> None:
+        logger.log(FakeTrt.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    setup = Setup(tmp_path)
+    monkeypatch.setattr(FakeTrt, "Runtime", null)
+    with pytest.raises(RazorError, match="runtime cannot start: CUDA initialization failure"):
+        setup.rtx()
+    assert not setup.cudart.live
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tensorrt.errors import require
 
-from ..functional import Tensor, record, allgather, allreduce, cast
+from ..functional import Tensor, allgather, allreduce, cast, record
 from ..layers.attention import Attention
 from ..layers.linear import Linear, RowLinear
 from ..module import Module
