@@ -143,8 +143,8 @@ def build_engine(
         head_map = final_heads(resolve_heads(request, checkpoint, say, progress), backend, say)
         options = options_of(request, backend, spec, head_map)
     summary(spec, options)
-    if isinstance(backend, TensorRtLlmBackend) and (plan := backend.plan(spec, options)):
-        say(f"TensorRT-LLM {backend.the_release().version}: {plan.describe()}")
+    if isinstance(backend, TensorRtLlmBackend) and (line := backend.describe(spec, options)):
+        say(line)
 
     with replace_directory(output) as staging:
         facts = backend.build(checkpoint, options, staging, progress)  # type: ignore[arg-type]

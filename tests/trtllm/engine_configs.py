@@ -7,23 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine_plans import COUNTS, POLICY, SPEC, section
+
 from trt_razor.models.spec import ModelSpec
 from trt_razor.policy import RazorPolicy
 from trt_razor.trtllm.engine_config import (
     RazorPlan,
-    RazorSection,
     TrtLlmOptions,
     build_arguments,
     plan_engine,
 )
-from trt_razor.trtllm.engine_json import (
-    finish,
-)
+from trt_razor.trtllm.engine_json import finish
 from trt_razor.trtllm.model_config import trtllm_config
 from trt_razor.trtllm.release import LocalCache, release_of
 
-SPEC = ModelSpec("tiny", "llama", 4, 1024, 256, 8, 4, 128, 300, 4096, 1e-5)
-POLICY = RazorPolicy(sink_tokens=4, min_window=63, compression=None, comp_tokens=1)
 VERSION = {LocalCache.CYCLIC: "1.0.0", LocalCache.SLOTS: "1.2.1"}
 # What TensorRT-LLM writes beside what we tell it; only rank 0 writes it.
 BUILD = {
@@ -46,16 +43,10 @@ PLUGINS = {
 }
 
 
-def section(
-    counts: tuple[int, ...], policy: RazorPolicy, spec: ModelSpec, tp_size: int
-) -> RazorSection:
-    return RazorSection(spec.fingerprint(), "digest", tp_size, counts, policy)
-
-
 def engine(
     cache: LocalCache | None,
     spec: ModelSpec = SPEC,
-    counts: tuple[int, ...] = (1, 4, 0, 2),
+    counts: tuple[int, ...] = COUNTS,
     policy: RazorPolicy = POLICY,
     max_seq_len: int = 1000,
     dtype: str = "float16",
@@ -67,7 +58,7 @@ def engine(
     """
     wanted = TrtLlmOptions(**options)
     version = VERSION[cache or LocalCache.SLOTS]
-    razor = None if cache is None else section(counts, policy, spec, wanted.tp_size)
+    razor = None if cache is None else section(counts, policy, wanted.tp_size, spec)
     arguments = build_arguments(max_seq_len, 4, wanted, 0)
     config = {
         "version": version,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from doc_pages import DESIGN, NGC, ROOT, blocks, commands, parser_of, plan_of, raised, table
 
+import trt_razor.trtllm
 from trt_razor import cli_arguments
 from trt_razor.build import TrtLlmCheckpoint
 from trt_razor.heads.selection import uniform_share
@@ -372,3 +373,10 @@ def test_facts_of_the_manifest_that_are_read_exist() -> None:
     assert asked == {"max_attention_window_size", "sink_token_length"}
     for name in asked:
         assert json.dumps(name) in source
+
+
+# The package -------------------------------------------------------------------------------------
+def test_the_package_names_its_modules() -> None:
+    listed = re.findall(r"^    ``(\w+)`` ", trt_razor.trtllm.__doc__ or "", re.M)
+    folder = ROOT / "trt_razor/trtllm"
+    assert sorted(listed) == sorted(p.stem for p in folder.glob("[!_]*.py"))

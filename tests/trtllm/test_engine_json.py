@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_configs import (
-    PLUGINS,
-    SPEC,
-    engine,
-    finished,
-    written,
-)
+from engine_configs import PLUGINS, engine, finished, written
+from engine_plans import SPEC
 from runtime_config import ModelConfig, parse
 
 from trt_razor.errors import RazorError, UsageError

@@ -7,21 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_configs import (
-    engine,
-    finished,
-    put,
-    written,
-)
+from engine_configs import engine, finished, put, written
 from runtime_config import LoadError, ParseError, parse, without_comments
 
 from trt_razor.errors import RazorError
 from trt_razor.trtllm import engine_json
-from trt_razor.trtllm.engine_json import (
-    check_engine_json,
-    finish,
-    plan_of,
-)
+from trt_razor.trtllm.engine_json import check_engine_json, finish, plan_of
 from trt_razor.trtllm.release import LocalCache
 
 # Fields --------------------------------------------------------------------------------------------

@@ -62,22 +62,23 @@ class BuildArguments:
 def build_arguments(
     max_seq_len: int, max_batch_size: int, options: TrtLlmOptions, prefill_chunk: int
 ) -> BuildArguments:
-    """Sizes of an engine. Without chunks a step must take the longest prompt whole.
+    """Sizes of an engine.
+
+    Generations take their tokens of a step first, one each. What is left must hold the longest prompt
+    without chunks, and a block with them, or contexts would wait until others have ended.
 
     Raises:
         UsageError: ``max_num_tokens`` below what a step needs.
     """
     chunk = prefill_chunk if 0 < prefill_chunk < max_seq_len else 0
-    needed = chunk or max_seq_len
-    tokens = options.max_num_tokens or max(needed, max_batch_size)
-    if tokens < max_batch_size:
+    others = max_batch_size - 1
+    tokens = options.max_num_tokens or (chunk or max_seq_len) + others
+    least = others + (options.tokens_per_block if chunk else 1)
+    if tokens < least:
+        what = f"a block of {options.tokens_per_block}" if chunk else "one token of a prompt"
         raise UsageError(
-            f"max_num_tokens: expected at least max_batch_size = {max_batch_size}, one token of every "
-            f"sequence, found {tokens}"
-        )
-    if chunk and tokens < options.tokens_per_block:
-        raise UsageError(
-            f"max_num_tokens: expected at least a block of {options.tokens_per_block} tokens, found {tokens}"
+            f"max_num_tokens: expected at least {least}, {what} beside a token of each of {others} other "
+            f"sequences, found {tokens}"
         )
     return BuildArguments(
         max_batch_size=max_batch_size,

@@ -25,6 +25,7 @@ from trt_razor.models.stored import read_json
 from trt_razor.trtllm.checkpoint import convert_checkpoint, trtllm_config
 from trt_razor.trtllm.engine_config import (
     SECTION,
+    BuildArguments,
     RazorPlan,
     RazorSection,
     TrtLlmOptions,
@@ -78,7 +79,7 @@ class TensorRtLlmBackend:
         check_engine(
             spec, graph.max_seq_len, graph.dtype, self.options, release, razor, prefill_chunk=chunk
         )
-        build_arguments(graph.max_seq_len, options.max_batch_size, self.options, chunk)
+        self.arguments(options)
         if razor:
             check_policy(
                 spec, graph.policy, graph.max_seq_len, graph.dtype, self.options, release, chunk
@@ -115,6 +116,19 @@ class TensorRtLlmBackend:
             options.prefill_chunk,
         )
 
+    def arguments(self, options: EngineOptions) -> BuildArguments:
+        """What TensorRT-LLM's builder is told."""
+        length, batch = options.graph.max_seq_len, options.max_batch_size
+        return build_arguments(length, batch, self.options, options.prefill_chunk)
+
+    def describe(self, spec: ModelSpec, options: EngineOptions) -> str | None:
+        """One line for people about the caches of a Razor engine; None for a dense one."""
+        plan = self.plan(spec, options)
+        if plan is None:
+            return None
+        caches = plan.describe(plan.temporary_rows(self.arguments(options)))
+        return f"TensorRT-LLM {self.the_release().version}: {caches}"
+
     def convert(
         self,
         checkpoint: Checkpoint | TrtLlmCheckpoint,
@@ -147,10 +161,7 @@ class TensorRtLlmBackend:
         from trt_razor.trtllm.driver import build_engines
 
         spec, graph = checkpoint.spec, options.graph
-        plan = self.plan(spec, options)
-        arguments = build_arguments(
-            graph.max_seq_len, options.max_batch_size, self.options, options.prefill_chunk
-        )
+        plan, arguments = self.plan(spec, options), self.arguments(options)
         scratch = staging / "checkpoint"
         scratch.mkdir()
         try:
@@ -176,7 +187,7 @@ class TensorRtLlmBackend:
             "max_num_tokens": str(arguments.max_num_tokens),
             "chunked_context": str(arguments.chunked).lower(),
         }
-        return facts if plan is None else facts | _serving_facts(plan)
+        return facts if plan is None else facts | _serving_facts(plan, arguments)
 
     def open(
         self, directory: Path, caches: Sequence[CacheTensor], num_slots: int, max_seq_len: int
@@ -232,14 +243,15 @@ def _plugin() -> tuple[Path, Path]:
     return plugin, plugin.with_name(PRELOAD.format(major=version_of(trt)[0]))
 
 
-def _serving_facts(plan: RazorPlan) -> dict[str, str]:
+def _serving_facts(plan: RazorPlan, arguments: BuildArguments) -> dict[str, str]:
     """What a server of a Razor engine must be told, and what its caches take."""
     plugin, preload = _plugin()
+    kv = plan.sequence_bytes(plan.max_seq_len, plan.temporary_rows(arguments))
     return {
         "local_cache": plan.local_cache.name.lower(),
         "max_attention_window_size": ",".join(map(str, plan.window_list())),
         "sink_token_length": str(plan.sink_token_length),
-        "kv_bytes_per_sequence_per_rank": str(plan.sequence_bytes(plan.max_seq_len)),
+        "kv_bytes_per_sequence_per_rank": str(kv),
         "dense_kv_bytes_per_sequence_per_rank": str(plan.dense_bytes(plan.max_seq_len)),
         "plugin": plugin.name,
         "plugin_sha256": sha256_file(plugin),

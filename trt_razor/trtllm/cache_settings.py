@@ -74,8 +74,16 @@ class CacheSettings:
         return 2 * heads * self.tokens_per_block * self.head_dim * self.element_bytes
 
     def blocks(self, window: int, tokens: int) -> int:
-        """Blocks that a sequence of ``tokens`` tokens takes of a window's manager."""
-        return ceil_div(min(tokens, window) + self.bubble, self.tokens_per_block)
+        """Blocks that a sequence of ``tokens`` tokens takes of a window's manager, while it is read."""
+        rows = window + self.temporary_rows(window)
+        return ceil_div(min(tokens, rows) + self.bubble, self.tokens_per_block)
+
+    def temporary_rows(self, window: int) -> int:
+        """Rows beyond a window that a long prompt takes while it is read in chunks."""
+        longest = self.max_seq_len - 1
+        if not self.chunked or longest <= window:
+            return 0
+        return min(self.max_num_tokens, longest - window)
 
     def sequence_blocks(self, tokens: int) -> int:
         """Blocks of all windows together: what the executor's statistics count."""

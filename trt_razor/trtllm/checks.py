@@ -60,8 +60,9 @@ def check_engine(
     _check_pipeline(spec, options)
     if prefill_chunk and options.fp8:
         raise UsageError(
-            "prefill_chunk: prompts cannot be read in chunks with an FP8 cache and unquantised weights "
-            "(TensorRT-LLM then has no paged context attention); use --prefill-chunk 0"
+            "prefill_chunk: prompts cannot be read in chunks with an FP8 cache: TensorRT-LLM has paged "
+            "context attention for it with FP8 weights alone, which has not been tried here; use "
+            "--prefill-chunk 0"
         )
     if not razor:
         return

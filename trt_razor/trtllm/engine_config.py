@@ -137,17 +137,30 @@ class RazorPlan:
         """Keys and values of one block of one cache layer with so many heads."""
         return 2 * heads * self.tokens_per_block * self.head_dim * self.element_bytes
 
-    def blocks(self, row: int, tokens: int) -> int:
-        """Blocks that a sequence of ``tokens`` tokens takes of a cache layer."""
-        return ceil_div(min(tokens, self.windows[row]) + self.bubble, self.tokens_per_block)
+    def temporary_rows(self, arguments: BuildArguments) -> int:
+        """Rows beyond its window that a long prompt takes of a local cache layer while it is read in
+        chunks: the manager gives it the blocks of a chunk more."""
+        if not self.window or not arguments.chunked:
+            return 0
+        return max(0, min(arguments.max_num_tokens, arguments.max_input_len - self.window))
 
-    def pool_bytes(self, tokens: int) -> int:
+    def blocks(self, row: int, tokens: int, temporary: int = 0) -> int:
+        """Blocks that a sequence of ``tokens`` tokens takes of a cache layer."""
+        window = self.windows[row]
+        if window < self.max_seq_len:
+            window += temporary
+        return ceil_div(min(tokens, window) + self.bubble, self.tokens_per_block)
+
+    def pool_bytes(self, tokens: int, temporary: int = 0) -> int:
         """Bytes of the paged pools that a sequence of ``tokens`` tokens takes on one rank.
 
         Pipeline stages have equally many layers, and all layers the same heads then.
+
+        Args:
+            temporary: ``temporary_rows`` of an engine that reads prompts in chunks.
         """
         return sum(
-            self.blocks(row, tokens) * self.block_bytes(heads // self.tp_size)
+            self.blocks(row, tokens, temporary) * self.block_bytes(heads // self.tp_size)
             for row, heads in enumerate(self.kv_heads[: self.attention_layers // self.pp_size])
         )
 
@@ -155,9 +168,9 @@ class RazorPlan:
         """Bytes of state slots per sequence on one rank, reserved for every sequence of the batch."""
         return self.layer_types.count("recurrent") * (self.ring_slot_bytes + self.comp_slot_bytes)
 
-    def sequence_bytes(self, tokens: int) -> int:
+    def sequence_bytes(self, tokens: int, temporary: int = 0) -> int:
         """KV memory of a sequence on one rank: pools and slots."""
-        return self.pool_bytes(tokens) + self.slot_bytes()
+        return self.pool_bytes(tokens, temporary) + self.slot_bytes()
 
     def dense_bytes(self, tokens: int) -> int:
         """What a dense engine takes for the same sequence on one rank."""
@@ -165,14 +178,14 @@ class RazorPlan:
         heads = sum(layer.num_retrieval + layer.num_local for layer in stage)
         return ceil_div(tokens, self.tokens_per_block) * self.block_bytes(heads)
 
-    def describe(self) -> str:
+    def describe(self, temporary: int = 0) -> str:
         """One line for people: where the caches are and what they take."""
         if self.local_cache is LocalCache.CYCLIC:
             where = f"local heads in cache layers of their own, window {self.window:,}"
         else:
             where = f"local heads in state slots of {self.ring_slot_bytes + self.comp_slot_bytes:,} bytes"
         n = self.max_seq_len
-        kv, dense = self.sequence_bytes(n), self.dense_bytes(n)
+        kv, dense = self.sequence_bytes(n, temporary), self.dense_bytes(n)
         return (
             f"{where}; {self.attention_layers} cache layers for {len(self.layers)} of the model; a "
             f"sequence of {n:,} tokens takes {kv:,} bytes of a GPU, {kv / dense:.1%} of dense"

@@ -56,6 +56,18 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
+_QUANTIZATION = (
+    "quant_algo",
+    "group_size",
+    "smoothquant_val",
+    "clamp_val",
+    "use_meta_recipe",
+    "has_zero_point",
+    "pre_quant_scale",
+    "exclude_modules",
+)
+"""Fields of the section that every release knows; an unknown one is an error when it is read."""
+
 
 def permute_checkpoint(
     source: TrtLlmCheckpoint,
@@ -249,9 +261,10 @@ def _config(
     config = copy.deepcopy(dict(source.config))
     config["tie_word_embeddings"] = source.spec.tie_embeddings
     config["mapping"] = options.mapping()
+    quantization = config.get("quantization") or {}
     config["quantization"] = {
         "quant_algo": None,
-        **(config.get("quantization") or {}),
+        **{name: quantization[name] for name in _QUANTIZATION if name in quantization},
         "kv_cache_quant_algo": "FP8" if options.fp8 else None,
     }
     if section is not None:

@@ -242,8 +242,11 @@ void RazorGptAttentionPlugin::check_cache_settings(const int32_t *windows, int64
     // The linear manager of 1.1 and later has no sinks; ours are in the state slots.
     const int32_t planned = cyclic ? l.sink_tokens : 0;
     if (sinks != planned) {
+        // A server refuses to be told 0.
+        const std::string way_out = planned == 0 ? "leave sink_token_length unset"
+                                                 : "set sink_token_length to " + std::to_string(planned);
         throw Refused("input host_sink_token_length: expected " + std::to_string(planned) + ", found " +
-                      std::to_string(sinks) + "; set sink_token_length to " + std::to_string(planned));
+                      std::to_string(sinks) + "; " + way_out);
     }
 }
 
