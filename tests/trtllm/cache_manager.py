@@ -59,7 +59,7 @@ class CacheConfig:
         # Windows beyond the longest sequence are cut; without any there is one of that length.
         windows = tuple(min(w, self.max_seq_len) for w in self.windows) or (self.max_seq_len,)
         assert min(windows) > 0, f"windows: expected > 0, found {windows}"
-        assert not (self.linear and self.sink_tokens), "streamLLM is not supported at the moment"
+        assert not (self.linear and self.sink_tokens), "a linear cache knows no sinks"
         object.__setattr__(self, "windows", windows)
 
     @property

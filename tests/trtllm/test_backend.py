@@ -228,7 +228,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--pp-size", "2"], "pp_size: expected a divisor of the 3 layers"),
     (["--dtype", "float32"], "dtype: expected float16 or bfloat16 for --backend tensorrt-llm"),
     (["--tokens-per-block", "24"], "tokens_per_block: expected a power of two"),
-    (["--max-num-tokens", "3"], "max_num_tokens: expected at least max_batch_size = 16"),
+    (["--max-num-tokens", "3"], "max_num_tokens: expected at least 16, one token of a prompt"),
     (["--max-seq-len", "12"], "nothing would be compressed"),
     (["--kv-dtype", "fp8", "--prefill-chunk", "16"], "cannot be read in chunks with an FP8 cache"),
     (["--trtllm-version", "1.2.1"], "--trtllm-version: an engine is built by the TensorRT-LLM that is"),

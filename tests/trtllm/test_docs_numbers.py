@@ -97,9 +97,9 @@ def test_defaults_that_are_told() -> None:
     assert f"({DEFAULT_SEQ_LEN}, or the model's positions; {DEFAULT_SERVER_BATCH})" in PROSE
     assert f"limits ({DEFAULT_SEQ_LEN}, {DEFAULT_SERVER_BATCH})" in NGC
     whole = build_arguments(32768, 16, TrtLlmOptions(), 0)
-    assert (whole.max_num_tokens, whole.max_input_len) == (32768, 32767)
+    assert (whole.max_num_tokens, whole.max_input_len) == (32783, 32767)
     chunked = build_arguments(32768, 16, TrtLlmOptions(), 4096)
-    assert (chunked.max_num_tokens, chunked.max_input_len) == (4096, 32767)
+    assert (chunked.max_num_tokens, chunked.max_input_len) == (4111, 32767)
     assert build_arguments(32768, 16, TrtLlmOptions(max_num_tokens=8192), 0).max_input_len == 8192
     off = {name for name, value in whole.plugin_config().items() if value is False}
     (line,) = re.findall(r"^5\. Switched off.*?(?=\n\n)", DESIGN, re.M | re.S)

@@ -116,7 +116,7 @@ def test_razor_engines_of_every_design(
         assert model.layer_types == plan.layer_types
         assert model.windows() == list(plan.windows)
         assert plan_of(json.loads(text), "qwen2") == plan
-        assert model.max_num_tokens == MAX_SEQ_LEN
+        assert model.max_num_tokens == arguments(one.options).max_num_tokens
         for name in ranks:
             network = doubles.network(output / name)
             plugins = [p for p in network["plugins"] if p["type"] == "RazorGptAttention"]

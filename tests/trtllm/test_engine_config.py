@@ -376,38 +376,56 @@ def test_shortest_cycle() -> None:
 
 # Build arguments ----------------------------------------------------------------------------------
 def test_a_step_takes_the_longest_prompt_whole() -> None:
+    """Beside a token of each other sequence, which come first."""
     a = build_arguments(1000, 4, TrtLlmOptions(), 0)
-    assert (a.max_num_tokens, a.max_input_len, a.max_seq_len, a.max_batch_size) == (
-        1000,
-        999,
-        1000,
-        4,
-    )
+    assert (a.max_num_tokens, a.max_input_len) == (1003, 999)
+    assert (a.max_seq_len, a.max_batch_size) == (1000, 4)
     assert not a.chunked
     assert build_arguments(1000, 4, TrtLlmOptions(), 1000) == a  # a chunk that long is no chunk
-    assert build_arguments(1000, 2000, TrtLlmOptions(), 0).max_num_tokens == 2000
+    assert build_arguments(1000, 2000, TrtLlmOptions(), 0).max_num_tokens == 2999
     short = build_arguments(1000, 4, TrtLlmOptions(max_num_tokens=300), 0)
     assert (short.max_num_tokens, short.max_input_len) == (300, 300)
 
 
 def test_chunks_make_steps_small_and_prompts_long() -> None:
     a = build_arguments(1000, 4, TrtLlmOptions(tokens_per_block=16), 64)
-    assert (a.max_num_tokens, a.max_input_len, a.chunked) == (64, 999, True)
-    assert build_arguments(1000, 100, TrtLlmOptions(), 64).max_num_tokens == 100
+    assert (a.max_num_tokens, a.max_input_len, a.chunked) == (67, 999, True)
+    assert build_arguments(1000, 100, TrtLlmOptions(), 64).max_num_tokens == 163
     assert build_arguments(1000, 4, TrtLlmOptions(max_num_tokens=512), 64).max_num_tokens == 512
 
 
 def test_steps_that_are_too_small() -> None:
-    with pytest.raises(
-        UsageError, match=r"max_num_tokens: expected at least max_batch_size = 64.*found 63"
-    ):
+    words = (
+        r"max_num_tokens: expected at least 64, one token of a prompt beside .* 63 other.*found 63"
+    )
+    with pytest.raises(UsageError, match=words):
         build_arguments(1000, 64, TrtLlmOptions(max_num_tokens=63), 0)
     assert build_arguments(1000, 64, TrtLlmOptions(max_num_tokens=64), 0).max_num_tokens == 64
-    with pytest.raises(
-        UsageError, match="max_num_tokens: expected at least a block of 32 tokens, found 31"
-    ):
+    # A chunk is cut to whole blocks: with less than one left no prompt would ever be read.
+    with pytest.raises(UsageError, match=r"expected at least 35, a block of 32 .* found 34"):
         build_arguments(1000, 4, TrtLlmOptions(), 31)
-    assert build_arguments(1000, 4, TrtLlmOptions(), 32).max_num_tokens == 32
+    assert build_arguments(1000, 4, TrtLlmOptions(), 32).max_num_tokens == 35
+
+
+def test_chunks_take_blocks_beyond_the_window() -> None:
+    """A long prompt gets the blocks of a chunk more in local layers, while it is read."""
+    cyclic = plan(max_seq_len=4096)
+    assert cyclic.temporary_rows(build_arguments(4096, 1, TrtLlmOptions(), 0)) == 0
+    chunks = build_arguments(4096, 1, TrtLlmOptions(), 512)
+    assert cyclic.temporary_rows(chunks) == 512
+    # W = 4 sinks and 64 rows, a bubble of 28: 3 blocks; 512 rows more: 19. Nothing for a short prompt.
+    row = next(i for i, w in enumerate(cyclic.windows) if w == 68)
+    assert (cyclic.blocks(row, 4096), cyclic.blocks(row, 4096, 512)) == (3, 19)
+    assert cyclic.blocks(row, 68, 512) == 3
+    full = cyclic.windows.index(4096)
+    assert cyclic.blocks(full, 4096, 512) == cyclic.blocks(full, 4096) == 129
+    # Never more than the longest prompt needs.
+    nearly = dataclasses.replace(chunks, max_num_tokens=100_000)
+    assert cyclic.temporary_rows(nearly) == 4095 - 68
+    more = cyclic.pool_bytes(4096, 512) - cyclic.pool_bytes(4096)
+    local = sum(layer.num_local for layer in cyclic.layers)
+    assert more == 16 * cyclic.block_bytes(local)
+    assert plan("1.2.1", max_seq_len=4096).temporary_rows(chunks) == 0
 
 
 def test_what_the_builder_is_told() -> None:
@@ -416,7 +434,7 @@ def test_what_the_builder_is_told() -> None:
         "max_batch_size": 4,
         "max_input_len": 999,
         "max_seq_len": 1000,
-        "max_num_tokens": 128,
+        "max_num_tokens": 131,
         "max_beam_width": 1,
         "gather_context_logits": True,
     }
