@@ -26,15 +26,19 @@ MAX_BATCH_SIZE = 4
 POLICY = RazorPolicy(sink_tokens=4, min_window=64, compression=5, comp_tokens=1)
 RETRIEVAL = ((0, 5), (1, 2, 6), (3,), ())
 """Not the same on every layer, not in order, not even: ranks make heads move and their number grow."""
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "qwen3", "baichuan")
+"""Plain; biases of q, k, v; QK-norm; ALiBi, whose slopes move with the heads."""
 _GAIN = {"q_proj": 1.5, "k_proj": 1.5}
 
 
 def config(family: str) -> dict[str, Any]:
-    """4 layers, 8 KV heads of 64, two query heads each; a vocabulary that engines have to pad."""
-    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
-    return {
-        "architectures": [architecture],
+    """4 layers, 8 KV heads of 64, two query heads each; a vocabulary that engines have to pad.
+
+    Baichuan has as many KV heads as query heads, and no vocabulary of any other size than its own.
+    """
+    class_name = {"llama": "Llama", "baichuan": "Baichuan"}.get(family, family.capitalize())
+    out = {
+        "architectures": [f"{class_name}ForCausalLM"],
         "model_type": family,
         "hidden_size": 1024,
         "intermediate_size": 1536,
@@ -52,6 +56,10 @@ def config(family: str) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if family == "baichuan":  # 13B: ALiBi is told by the field that has no "position" in its name
+        del out["max_position_embeddings"], out["num_key_value_heads"], out["head_dim"]
+        out |= {"model_max_length": 4096, "vocab_size": 64000}
+    return out
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,28 @@ def write_model(folder: Path, family: str) -> NgcModel:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(7)
     weights = {name: _weight(rng, name, shape) for name, shape in spec.tensors().items()}
+    if family == "baichuan":  # stores q, k and v as one
+        for i in range(spec.num_layers):
+            prefix = f"model.layers.{i}.self_attn."
+            parts = [weights.pop(f"{prefix}{n}_proj.weight") for n in "qkv"]
+            weights[f"{prefix}W_pack.weight"] = np.concatenate(parts)
     (folder / "config.json").write_text(json.dumps(config(family), indent=1))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # The first heads of an ALiBi model see next to nothing: take those that see far, and add such.
+    alibi = spec.position == "alibi"
+    first = spec.num_kv_heads - 7 if alibi else 0
+    row = tuple(float(h) for h in range(spec.num_kv_heads))
+    scores = {"scope": (row,) * spec.num_layers} if alibi else {}
     heads = folder / "heads.json"
     HeadMap(
         spec.name,
         spec.fingerprint(),
         spec.num_layers,
         spec.num_kv_heads,
-        RETRIEVAL,
+        tuple(tuple(h + first for h in row) for row in RETRIEVAL),
         method="test",
         source="chosen by hand",
+        scores=scores,
     ).save(heads)
     return NgcModel(family, folder, heads, spec)
 

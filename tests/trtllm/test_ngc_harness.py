@@ -88,7 +88,7 @@ def test_mistakes_show(model: NgcModel, oracle: Oracle) -> None:
     }
     found = {name: distance(x, right) for name, x in wrong.items()}
     assert min(found.values()) > 2 * LIMIT, found
-    assert found["dense"] > 1
+    assert found["dense"] > 10 * LIMIT
     assert distance(right, oracle.logits(PROMPT, tokens, head_map)) < 1e-3
 
 
