@@ -263,14 +263,15 @@ def test_dense_engines_need_no_plugin(
         case.model(trtllm, tmp_path / "razor")
 
 
-@pytest.mark.parametrize("algorithm", ["FP8", "W4A16_AWQ"])
+@pytest.mark.parametrize("algorithm", ["FP8", "W4A16_AWQ", "W8A16", "W4A16"])
 def test_quantised_layers_stay_razor_layers(
     trtllm: doubles.Double, tmp_path: Path, algorithm: str
 ) -> None:
     case = Case("qwen2", options(kv_dtype="fp8"), quant={"quant_algo": algorithm})
     model = case.model(trtllm, tmp_path / "x")
     names = dict(model.named_parameters())
-    assert "transformer.layers.0.attention.qkv.weights_scaling_factor" in names
+    scale = "weights_scaling_factor" if algorithm in ("FP8", "W4A16_AWQ") else "per_channel_scale"
+    assert f"transformer.layers.0.attention.qkv.{scale}" in names
     net = doubles.network(build(trtllm, model, case.options))
     check_network(net, case, case.plan(trtllm.release), range(LAYERS))
 

@@ -45,7 +45,7 @@ from trt_razor.trtllm.engine_json import local_cache_of
 from trt_razor.trtllm.model_config import spec_from_trtllm_config
 from trt_razor.trtllm.release import installed_release
 
-WEIGHT_ALGORITHMS = (None, "NO_QUANT", "FP8", "W4A16_AWQ")
+WEIGHT_ALGORITHMS = (None, "NO_QUANT", "FP8", "W4A16_AWQ", "W8A16", "W4A16")
 """Quantisation of weights that leaves attention layers what they are."""
 KV_ALGORITHMS = {None: "auto", "NO_QUANT": "auto", "FP8": "fp8"}
 _PLAN = "_razor_plan"

@@ -64,6 +64,25 @@ def _fp8_weights(layer: Any) -> None:
     layer.weights_scaling_factor = Parameter(shape=(1,), dtype="float32")
 
 
+class WeightOnlyQuantLinear(_Column):
+    """Weights in 8 or 4 bits, a scale for each row: quantised from floats when they are loaded."""
+
+    def __init__(self, like: Linear) -> None:
+        super().__init__(like)
+        _weight_only(self)
+
+
+class WeightOnlyQuantRowLinear(_Row):
+    def __init__(self, like: RowLinear) -> None:
+        super().__init__(like)
+        _weight_only(self)
+
+
+def _weight_only(layer: Any) -> None:
+    layer.weight = Parameter(shape=(layer.in_features, layer.out_features), dtype="int8")
+    layer.per_channel_scale = Parameter(shape=(layer.out_features,), dtype=layer.dtype)
+
+
 class FP8Linear(_Column):
     def __init__(self, like: Linear) -> None:
         super().__init__(like)

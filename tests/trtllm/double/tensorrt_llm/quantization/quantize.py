@@ -2,7 +2,8 @@
 
 Read: linear layers are replaced in place under their names; FP8 KV caches give every Attention (also
 of subclasses) two scales; FP8 rowwise replaces the attention layers themselves; patterns of
-``exclude_modules``. Doubled: none, FP8, W4A16_AWQ, FP8_PER_CHANNEL_PER_TOKEN.
+``exclude_modules``. Doubled: none, FP8, W4A16_AWQ, W8A16, W4A16,
+FP8_PER_CHANNEL_PER_TOKEN.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def quantize(model: Any, quant_config: Any) -> Any:
         group = (quant_config.group_size,)
         column = layers.WeightOnlyGroupwiseQuantColumnLinear
         _replace(model, quant_config, column, layers.WeightOnlyGroupwiseQuantRowLinear, group)
+    elif algo in ("W8A16", "W4A16"):
+        _replace(model, quant_config, layers.WeightOnlyQuantLinear, layers.WeightOnlyQuantRowLinear)
     elif algo == "FP8_PER_CHANNEL_PER_TOKEN":
         for _, name, child, parent in list(model.named_modules_with_parent()):
             if isinstance(child, Attention):
