@@ -35,7 +35,13 @@ from latency_worker import KEY_VARIABLE
 
 from engines import machine
 from trt_razor import __version__
-from trt_razor.cli_arguments import model_arguments, policy, policy_arguments, policy_options
+from trt_razor.cli_arguments import (
+    Parser,
+    model_arguments,
+    policy,
+    policy_arguments,
+    policy_options,
+)
 from trt_razor.console import say
 from trt_razor.engine import Engine
 from trt_razor.errors import RazorError, UsageError
@@ -224,7 +230,7 @@ def measure(args: argparse.Namespace, workers: dict[str, Worker], document: dict
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     p.add_argument("--backend", choices=["tensorrt-llm", "onnxruntime"], default="tensorrt-llm")
     p.add_argument(
         "--dense", type=Path, metavar="DIR", help="a dense engine, instead of building one"

@@ -31,6 +31,8 @@ from trt_razor.models.zoo import zoo_spec
 from trt_razor.recipes import recipe_heads
 from trt_razor.trtllm.backend import TensorRtLlmBackend, section_of
 from trt_razor.trtllm.engine_config import TrtLlmOptions
+from trt_razor.trtllm.engine_json import local_cache_of
+from trt_razor.trtllm.options import check_quantization
 from trt_razor.trtllm.quantized import TrtLlmCheckpoint
 from trt_razor.trtllm.release import release_of
 
@@ -70,8 +72,7 @@ def resolve_heads(
     head_map: HeadMap | None = None
     if request.heads != "auto":
         path = home(Path(request.heads))
-        head_map = HeadMap.load(path)
-        head_map.check_model(spec.fingerprint(), spec.name, str(path))
+        head_map = _load_heads(path, spec)
         say(f"heads: {path} ({head_map.method})")
     elif request.random_weights:
         from trt_razor.heads.selection import uniform_share
@@ -82,8 +83,7 @@ def resolve_heads(
             f"retrieval heads)"
         )
     elif isinstance(checkpoint, TrtLlmCheckpoint) and _own_heads(checkpoint).is_file():
-        head_map = HeadMap.load(_own_heads(checkpoint))
-        head_map.check_model(spec.fingerprint(), spec.name, str(_own_heads(checkpoint)))
+        head_map = _load_heads(_own_heads(checkpoint), spec)
         say(f"heads: {_own_heads(checkpoint)} ({head_map.method})")
     elif found := recipe_heads(spec):
         recipe, head_map = found
@@ -227,7 +227,8 @@ def final_heads(head_map: HeadMap, backend: Backend, say: Callable[[str], None])
 def as_stored(
     request: BuildRequest, backend: Backend, checkpoint: Checkpoint | TrtLlmCheckpoint
 ) -> tuple[BuildRequest, Backend]:
-    """A checkpoint in TensorRT-LLM's format has its dtype and its cache type fixed.
+    """A checkpoint in TensorRT-LLM's format has its dtype and its cache type fixed, and may say where
+    local heads shall live.
 
     Raises:
         UsageError: another one is asked for.
@@ -242,10 +243,17 @@ def as_stored(
         )
     request = replace(request, dtype=dtype)
     assert isinstance(backend, TensorRtLlmBackend)
-    if request.razor and section_of(Path(checkpoint.location)) is None:
-        checkpoint.check_permutable()  # minutes before its heads would be moved
+    if request.razor:
+        # Minutes before heads would be moved, or a network made.
+        if section_of(Path(checkpoint.location)) is None:
+            checkpoint.check_permutable()
+        where = f"{checkpoint.location}: quantization"
+        check_quantization(checkpoint.quant_algo, checkpoint.kv_cache_quant_algo, where)
     if checkpoint.kv_cache_quant_algo == "FP8":
         backend = replace(backend, options=replace(backend.options, kv_dtype="fp8"))
+    cache = local_cache_of(checkpoint.config, checkpoint.location)
+    if backend.options.local_cache is None and cache in backend.the_release().local_caches:
+        backend = replace(backend, options=replace(backend.options, local_cache=cache))
     return request, backend
 
 
@@ -254,6 +262,19 @@ def _disk_need(request: BuildRequest, backend: Backend, spec: ModelSpec) -> int:
     if isinstance(backend, TensorRtLlmBackend):
         return (1 if request.random_weights else 2) * weight_bytes(spec, dtype_of(request, backend))
     return weight_bytes(spec, dtype_of(request, backend))
+
+
+def _load_heads(path: Path, spec: ModelSpec) -> HeadMap:
+    """Raises UsageError: not a head map, or one of another model."""
+    head_map = HeadMap.load(path)
+    head_map.check_model(spec.fingerprint(), spec.name, str(path))
+    found = head_map.num_layers, head_map.num_kv_heads
+    if found != (spec.num_layers, spec.num_kv_heads):
+        raise UsageError(
+            f"{path}: expected {spec.num_layers} layers of {spec.num_kv_heads} KV heads, those of "
+            f"'{spec.name}', found {found[0]} of {found[1]}; find the heads again: trt-razor heads"
+        )
+    return head_map
 
 
 def _own_heads(checkpoint: TrtLlmCheckpoint) -> Path:

@@ -253,7 +253,8 @@ def trtllm_arguments(p: argparse.ArgumentParser) -> None:
         "--max-num-tokens",
         type=int,
         metavar="N",
-        help="tokens of a step, all requests together (default: the longest prompt)",
+        help="tokens of a step, all requests together (default: the longest prompt or chunk, and one for "
+        "each other sequence)",
     )
     g.add_argument(
         "--local-cache",

@@ -58,11 +58,7 @@ def convert_only(
     output = output_of(request, spec, "tensorrt-llm", dtype)
     if request.output is None:
         output = output.with_name(f"{output.name}-checkpoint")
-    if output.is_dir() and any(output.iterdir()):
-        raise UsageError(
-            f"{output}: exists and is not empty; choose another --output, or delete it"
-        )
-    check_output(output, request.force)
+    _check_new(output)
     options = options_of(request, backend, spec, None)
     check_space(output, weight_bytes(spec, dtype))
     if request.razor:
@@ -75,4 +71,14 @@ def convert_only(
             options.graph.head_map.save(staging / HEADS_FILE)
         if tokenizer is not None:
             tokenizer.save(staging)  # beside the weights, as in a Hugging Face folder
+        _check_new(output)  # something may have come there meanwhile
     return output
+
+
+def _check_new(output: Path) -> None:
+    """Nothing is ever replaced, not even with ``--force``: no manifest tells what is ours there."""
+    if output.is_dir() and any(output.iterdir()):
+        raise UsageError(
+            f"{output}: exists and is not empty; choose another --output, or delete it"
+        )
+    check_output(output, force=False)

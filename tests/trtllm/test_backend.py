@@ -17,6 +17,8 @@ from trt_razor.errors import UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
 from trt_razor.trtllm import backend
+from trt_razor.trtllm.engine_json import local_cache_of
+from trt_razor.trtllm.release import LocalCache
 
 MODEL: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -196,6 +198,61 @@ def test_conversion_alone(model: ModelSpec, run: Run, tmp_path: Path) -> None:
     assert "exists and is not empty" in err
 
 
+def test_conversion_replaces_nothing(
+    model: ModelSpec, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another conversion has been faster, or somebody put a file there meanwhile."""
+    args = ["--checkpoint", "model", "--heads", "heads.json", *RAZOR, "--output", "c"]
+    convert = backend.convert_checkpoint
+
+    def meanwhile(*given: Any) -> None:
+        convert(*given)
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "mine.txt").write_text("mine")
+
+    monkeypatch.setattr(backend, "convert_checkpoint", meanwhile)
+    code, _, err = run(*args, "--convert-only", "--trtllm-version", "1.2.1", "--force")
+    assert code == 2
+    assert "c: exists and is not empty" in err
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine.txt"]
+    assert not list(tmp_path.glob(".c*"))
+
+
+def test_conversion_tells_trtllm_build_where_local_heads_live(
+    model: ModelSpec, run: Run, tmp_path: Path
+) -> None:
+    args = ["--checkpoint", "model", "--heads", "heads.json", *RAZOR, "--convert-only"]
+    for name, chosen in (("release", []), ("slots", ["--local-cache", "slots"])):
+        code, _, err = run(*args, *chosen, "--trtllm-version", "1.0.0", "--output", name)
+        assert code == 0, err
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert local_cache_of(config) is (LocalCache.SLOTS if chosen else None)
+
+
+def test_build_puts_local_heads_where_the_conversion_was_told(
+    release: str, model: ModelSpec, run: Run, tmp_path: Path
+) -> None:
+    args = ["--checkpoint", "model", "--heads", "heads.json", *RAZOR, "--convert-only"]
+    for name in ("slots", "cyclic"):
+        chosen = ["--local-cache", name, "--trtllm-version", "1.0.0", "--output", name]
+        assert run(*args, *chosen)[0] == 0
+        code, _, err = run("--checkpoint", name, *RAZOR, "--output", f"{name}-engine")
+        assert code == 0, err
+        found = Engine.load(tmp_path / f"{name}-engine").manifest.facts["local_cache"]
+        assert found == ("slots" if release == "1.2.1" else name)  # which has no other way
+
+
+def test_heads_of_another_shape(model: ModelSpec, run: Run, tmp_path: Path) -> None:
+    """The fingerprint is the model's, the counts are not."""
+    HeadMap(model.name, model.fingerprint(), 3, 5, RETRIEVAL, "test", "by hand").save(
+        tmp_path / "five.json"
+    )
+    args = ["--checkpoint", "model", "--heads", "five.json", *RAZOR, "--convert-only"]
+    code, _, err = run(*args, "--trtllm-version", "1.0.0", "--output", "c")
+    assert code == 2
+    assert "five.json: expected 3 layers of 4 KV heads, those of 'model', found 3 of 5" in err
+
+
 def test_converted_checkpoint_is_built_as_it_is(
     release: str, model: ModelSpec, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,12 +271,41 @@ def test_converted_checkpoint_is_built_as_it_is(
     assert engine.head_map.num_retrieval == 4
     assert engine.tokenizer() is not None
     # Another policy or number of ranks would need the heads where they were.
-    for changed in (["--comp-tokens", "0"], ["--tp-size", "1"]):
+    changes = {
+        "policy: {'sink_tokens': 4,": ["--comp-tokens", "0"],
+        "tp_size: 2, found 1": ["--tp-size", "1"],
+    }
+    for words, changed in changes.items():
         code, _, err = run("--checkpoint", "c", *args, *changed, "--output", "f")
         assert code == 2
-        assert "its heads are in order already, for tp_size 2" in err
+        assert "its heads are in order already, for tp_size 2; expected its " + words in err
         assert not (tmp_path / "f").exists()
     assert cli.build_main(["--backend", "onnxruntime", "--checkpoint", "c"]) == 2
+
+
+def _edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_converted_checkpoint_that_was_edited(
+    release: str, model: ModelSpec, run: Run, tmp_path: Path
+) -> None:
+    args = ["--checkpoint", "model", "--heads", "heads.json", *RAZOR, "--convert-only"]
+    assert run(*args, "--output", "c")[0] == 0
+    _edit_config(tmp_path / "c", lambda c: c["quantization"].update(quant_algo="NVFP4"))
+    code, _, err = run("--checkpoint", "c", *RAZOR, "--output", "f")
+    assert code == 2
+    assert "quantization.quant_algo: expected FP8, W4A16_AWQ, W8A16, W4A16 or none" in err
+    _edit_config(tmp_path / "c", lambda c: c["quantization"].update(quant_algo=None))
+    # Without its section nobody knows that its heads have been moved.
+    _edit_config(tmp_path / "c", lambda c: c.pop("razor"))
+    for more in (RAZOR, ["--max-seq-len", "64"]):
+        code, _, err = run("--checkpoint", "c", *more, "--output", "f")
+        assert code == 2
+        assert "expected the object 'razor', as heads.json lies beside it" in err
+        assert not (tmp_path / "f").exists()
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -310,6 +310,11 @@ def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
     convert_dense(model, tmp_path / "brain", 2, dtype="bfloat16")
     merged = MergedModel(tmp_path / "brain", model.spec)
     assert float(merged.torch_tensor(name)[5, 7]) == -70144.0  # the nearest that bfloat16 has
+    model.weights[name][5, 7] = np.nan  # no other dtype would help
+    with pytest.raises(
+        RazorError, match=rf"^{name}: expected finite weights, found infinity or NaN"
+    ):
+        convert_dense(model, tmp_path / "damaged", 2)
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,9 @@ def test_the_command_says_what_is_missing(
         shown = capsys.readouterr().err
         assert message in shown
         assert "Traceback" not in shown
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_engines_of_all_ranks_and_no_others(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from razor_models import LAYERS, Case, build, caches, network
 
 from trt_razor.errors import UsageError
+from trt_razor.trtllm import options
 from trt_razor.trtllm.options import SECTION, TrtLlmOptions
 from trt_razor.trtllm.release import LocalCache
 
@@ -112,10 +113,8 @@ def test_quantisation_that_replaces_attention_is_noticed(
     trtllm: doubles.Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever its name."""
-    models = trtllm.load("trt_razor.trtllm.models")
-    monkeypatch.setattr(
-        models, "WEIGHT_ALGORITHMS", (*models.WEIGHT_ALGORITHMS, "FP8_PER_CHANNEL_PER_TOKEN")
-    )
+    known = (*options.WEIGHT_ALGORITHMS, "FP8_PER_CHANNEL_PER_TOKEN")
+    monkeypatch.setattr(options, "WEIGHT_ALGORITHMS", known)
     case = Case("llama", quant={"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"})
     with pytest.raises(UsageError, match=r"quant_algo: expected one that keeps attention layers"):
         case.model(trtllm, tmp_path / "x")

@@ -73,7 +73,7 @@ def convert(
         name, wider: for the message: the weight, and dtypes that would do.
 
     Raises:
-        RazorError: a weight does not fit (float16 ends at 65504).
+        RazorError: a weight does not fit (float16 ends at 65504), or on the way to float16 is no number.
     """
     target = numpy_dtype(dtype)
     if value.dtype == target:
@@ -82,6 +82,11 @@ def convert(
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(wide.astype(target))
     if dtype == "float16" and not np.isfinite(out).all():
+        if not np.isfinite(wide).all():
+            raise RazorError(
+                f"{name}: expected finite weights, found infinity or NaN; the checkpoint is damaged, "
+                "fetch it again"
+            )
         raise RazorError(
             f"{name}: weights do not fit into float16 (largest magnitude "
             f"{float(np.abs(wide).max()):.4g}); use --dtype {wider}"

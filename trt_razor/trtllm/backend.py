@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trt_razor.backends import gpu_capability
 from trt_razor.backends.base import EngineOptions, Progress, Session
@@ -43,6 +43,8 @@ from trt_razor.trtllm.release import Release, installed_release
 if TYPE_CHECKING:
     from trt_razor.graph.options import GraphOptions
 
+HEADS = "heads.json"
+"""Where a conversion puts its head map, as engines do."""
 PRELOAD = "libtrt_razor_preload_trt{major}.so"
 
 
@@ -143,7 +145,7 @@ class TensorRtLlmBackend:
             layout = rank_layout(graph.head_map, self.options.tp_size)
             section = self._section(spec, graph)
         if isinstance(checkpoint, TrtLlmCheckpoint):
-            _check_original(checkpoint)
+            _check_original(checkpoint, section, self.options)
             permute_checkpoint(checkpoint, layout, section, self.options, directory, progress)
         else:
             convert_checkpoint(
@@ -214,21 +216,48 @@ class TensorRtLlmBackend:
         return found == self._section(checkpoint.spec, graph)
 
 
-def _check_original(checkpoint: TrtLlmCheckpoint) -> None:
-    """Heads are told by their place in the original model: what has been ordered cannot be again."""
+def _check_original(
+    checkpoint: TrtLlmCheckpoint, wanted: RazorSection | None, options: TrtLlmOptions
+) -> None:
+    """Heads are told by their place in the original model: what has been ordered cannot be again.
+
+    Raises:
+        UsageError: naming what the checkpoint was converted for and what is asked for instead.
+    """
     found = section_of(Path(checkpoint.location))
-    if found is not None:
-        raise UsageError(
-            f"{checkpoint.location}: its heads are in order already, for tp_size {found.tp_size}, the "
-            f"policy {found.policy.to_json()} and the head map beside it; build with exactly these, or "
-            "convert the original checkpoint again"
-        )
+    if found is None:
+        return
+    prefix = f"{checkpoint.location}: its heads are in order already, for tp_size {found.tp_size}"
+    way_out = "convert the original checkpoint again"
+    if wanted is None:
+        raise UsageError(f"{prefix}; for a dense engine {way_out}, or add --razor")
+    pairs: dict[str, tuple[Any, Any]] = {
+        "tp_size": (found.tp_size, wanted.tp_size),
+        "pp_size": (checkpoint.pp_size, options.pp_size),
+        "model": (found.model[:12], wanted.model[:12]),
+        "policy": (found.policy.to_json(), wanted.policy.to_json()),
+        "digest of the head map": (found.heads[:12], wanted.heads[:12]),
+        "num_retrieval": (list(found.num_retrieval), list(wanted.num_retrieval)),
+    }
+    changed = [f"{k}: {mine}, found {its}" for k, (mine, its) in pairs.items() if mine != its]
+    if not changed:
+        raise UsageError(f"{prefix}; build with it as it is, or {way_out}")
+    raise UsageError(f"{prefix}; expected its {changed[0]}; build with exactly that, or {way_out}")
 
 
 def section_of(folder: Path) -> RazorSection | None:
-    """The Razor section of a TensorRT-LLM checkpoint, if its heads have been ordered already."""
+    """The Razor section of a TensorRT-LLM checkpoint, if its heads have been ordered already.
+
+    Raises:
+        UsageError: a wrong section, or none where a conversion has left its head map.
+    """
     config = read_json(folder / CONFIG, "a TensorRT-LLM checkpoint's config.json")
     if SECTION not in config:
+        if (folder / HEADS).exists():
+            raise UsageError(
+                f"{folder / CONFIG}: expected the object '{SECTION}', as {HEADS} lies beside it: its heads "
+                f"have been moved, and without it nobody knows how; convert the original checkpoint again"
+            )
         return None
     return RazorSection.from_json(config[SECTION], str(folder / CONFIG))
 

@@ -13,13 +13,11 @@ does that for an engine that trtllm-build made, and says what the server must be
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trt_razor.console import guarded, out
 from trt_razor.errors import UsageError
 from trt_razor.files import write_text_atomic
 from trt_razor.models.stored import read_json
@@ -31,7 +29,7 @@ from trt_razor.trtllm.engine_config import (
     plan_engine,
 )
 from trt_razor.trtllm.model_config import spec_from_trtllm_config
-from trt_razor.trtllm.options import CONFIG
+from trt_razor.trtllm.options import CONFIG, LOCAL_CACHE
 from trt_razor.trtllm.release import LocalCache, release_of
 from trt_razor.trtllm.runtime_fields import (
     STATE_SIZES,
@@ -54,9 +52,6 @@ __all__ = [
     "read_config",
     "with_local_cache",
 ]
-
-LOCAL_CACHE = "local_cache"
-"""In the ``razor`` section: ``cyclic`` or ``slots``. Absent: as the release has it."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -182,7 +177,11 @@ def local_cache_of(config: Mapping[str, Any], where: str = CONFIG) -> LocalCache
 # Command ------------------------------------------------------------------------------------------
 def main(arguments: list[str] | None = None) -> int:
     """Finish an engine of trtllm-build, and print what the server must be told."""
-    parser = argparse.ArgumentParser(
+    # A command: what it needs of the floors above is no business of the functions here.
+    from trt_razor.cli_arguments import Parser
+    from trt_razor.console import guarded, out
+
+    parser = Parser(
         prog="python -m trt_razor.trtllm.engine_json",
         description="Finish the config.json of a Razor engine that trtllm-build made.",
     )

@@ -126,7 +126,7 @@ def trtllm_config(
         }
     _check_expressible(spec, config)
     if section is not None:
-        config[SECTION] = section.to_json()
+        config[SECTION] = section.for_cache(options.local_cache)
     return config
 
 

@@ -43,11 +43,9 @@ from trt_razor.trtllm.engine_config import (
 )
 from trt_razor.trtllm.engine_json import local_cache_of
 from trt_razor.trtllm.model_config import spec_from_trtllm_config
+from trt_razor.trtllm.options import WEIGHT_ALGORITHMS, check_quantization
 from trt_razor.trtllm.release import installed_release
 
-WEIGHT_ALGORITHMS = (None, "NO_QUANT", "FP8", "W4A16_AWQ", "W8A16", "W4A16")
-"""Quantisation of weights that leaves attention layers what they are."""
-KV_ALGORITHMS = {None: "auto", "NO_QUANT": "auto", "FP8": "fp8"}
 _PLAN = "_razor_plan"
 
 # Arguments of prepare_inputs that ask for what Razor engines cannot do.
@@ -325,19 +323,10 @@ def _check_plugins(plugins: Any) -> None:
 def _kv_dtype(config: Any) -> str:
     """``auto`` or ``fp8``; refuses quantisation that Razor layers are not made for."""
     quantization = config.quantization
-    weights = getattr(quantization, "quant_algo", None)
-    if weights not in WEIGHT_ALGORITHMS:
-        raise UsageError(
-            f"quantization.quant_algo: expected "
-            f"{', '.join(str(a) for a in WEIGHT_ALGORITHMS[2:])} or none for a Razor engine, found "
-            f"{weights}; quantise the checkpoint with one of these"
-        )
-    caches = getattr(quantization, "kv_cache_quant_algo", None)
-    if caches not in KV_ALGORITHMS:
-        raise UsageError(
-            f"quantization.kv_cache_quant_algo: expected FP8 or none for a Razor engine, found {caches}"
-        )
-    return KV_ALGORITHMS[caches]
+    return check_quantization(
+        getattr(quantization, "quant_algo", None),
+        getattr(quantization, "kv_cache_quant_algo", None),
+    )
 
 
 def _stage(plan: RazorPlan, mapping: Any, num_layers: int) -> list[int]:

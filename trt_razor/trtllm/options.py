@@ -18,9 +18,37 @@ CONFIG = "config.json"
 SECTION = "razor"
 """Key of ``RazorSection`` in the config.json of a checkpoint and of an engine."""
 SECTION_VERSION = 1
+LOCAL_CACHE = "local_cache"
+"""In the ``razor`` section: ``cyclic`` or ``slots``. Absent: as the release has it."""
 PLUGIN = ("RazorGptAttention", "1", "trt_razor")
 """Name, version and namespace in TensorRT's registry."""
 KV_DTYPES = ("auto", "fp8")
+
+
+WEIGHT_ALGORITHMS = (None, "NO_QUANT", "FP8", "W4A16_AWQ", "W8A16", "W4A16")
+"""Quantisation of weights that leaves attention layers what they are."""
+KV_ALGORITHMS = {None: "auto", "NO_QUANT": "auto", "FP8": "fp8"}
+
+
+def check_quantization(weights: str | None, caches: str | None, where: str = "quantization") -> str:
+    """What ``quant_algo`` and ``kv_cache_quant_algo`` of a checkpoint mean for a Razor engine's cache.
+
+    Returns:
+        ``auto`` or ``fp8``.
+
+    Raises:
+        UsageError: quantisation that Razor layers are not made for.
+    """
+    if weights not in WEIGHT_ALGORITHMS:
+        raise UsageError(
+            f"{where}.quant_algo: expected {', '.join(str(a) for a in WEIGHT_ALGORITHMS[2:])} or none for a "
+            f"Razor engine, found {weights}; quantise the checkpoint with one of these"
+        )
+    if caches not in KV_ALGORITHMS:
+        raise UsageError(
+            f"{where}.kv_cache_quant_algo: expected FP8 or none for a Razor engine, found {caches}"
+        )
+    return KV_ALGORITHMS[caches]
 
 
 @dataclass(frozen=True)
@@ -32,7 +60,8 @@ class TrtLlmOptions:
         kv_dtype: ``auto`` = the engine's dtype, or ``fp8`` (E4M3).
         tokens_per_block: of the paged pools; a power of two, 8 .. 1024.
         max_num_tokens: tokens of one step, all requests together; None = as much as the longest
-            prompt read in one go needs (or ``prefill_chunk`` where prompts are read in chunks).
+            prompt read in one go needs (or ``prefill_chunk`` where prompts are read in chunks),
+            and a token for each other sequence.
         local_cache: None = the release's default.
         gather_logits: build with context logits, for evaluation.
     """
@@ -85,6 +114,10 @@ class RazorSection:
             "num_retrieval": list(self.num_retrieval),
             "policy": self.policy.to_json(),
         }
+
+    def for_cache(self, cache: LocalCache | None) -> dict[str, Any]:
+        """As JSON that says where local heads live; None leaves that to the release."""
+        return self.to_json() | ({} if cache is None else {LOCAL_CACHE: cache.name.lower()})
 
     @classmethod
     def from_json(cls, data: Any, where: str = "config.json") -> RazorSection:

@@ -268,5 +268,5 @@ def _config(
         "kv_cache_quant_algo": "FP8" if options.fp8 else None,
     }
     if section is not None:
-        config[SECTION] = section.to_json()
+        config[SECTION] = section.for_cache(options.local_cache)
     return config
