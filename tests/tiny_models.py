@@ -80,10 +80,13 @@ def byte_tokenizer_json() -> str:
 
 
 def write_model(folder: Path, **changes: Any) -> ModelSpec:
-    """config.json, model.safetensors (seeded random numbers) and the tokenizer's files."""
+    """config.json, model.safetensors (seeded random numbers) and the tokenizer's files.
+
+    ``changes``: of CONFIG; None leaves a field out.
+    """
     from safetensors.numpy import save_file
 
-    config = {**CONFIG, **changes}
+    config = {k: v for k, v in {**CONFIG, **changes}.items() if v is not None}
     spec = spec_from_hf_config(config, folder.name)
     folder.mkdir(parents=True)
     weights = random_checkpoint(spec)

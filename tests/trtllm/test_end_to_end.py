@@ -33,8 +33,9 @@ from trt_razor.reference import ReferenceDecoder, new_layer_caches
 from trt_razor.trtllm import backend
 from trt_razor.trtllm.engine_config import TrtLlmOptions
 
-TOLERANCE = 0.02
-"""Of the largest logit: rows of q, k, v, of the cache and of the output are float16 in the plugin."""
+TOLERANCE = 0.006
+"""Of the largest logit: rows of q, k, v, of the cache and of the output are float16 in the plugin. About twice
+the worst that was seen; where a number falls to the other side of an FP8 step, it is that step."""
 
 LLAMA: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -61,6 +62,8 @@ BAICHUAN = {
     "hidden_size": 384,
     "vocab_size": 64000,
     "model_max_length": 128,
+    "max_position_embeddings": None,  # without it, ALiBi
+    "num_key_value_heads": None,
 }
 POLICY = RazorPolicy(sink_tokens=4, min_window=9, compression=None, comp_tokens=1)
 
@@ -88,7 +91,7 @@ CASES = {
         ((2,), (0,), (1, 3)),
         kv_dtype="fp8",
         policy=replace(POLICY, comp_tokens=0),
-        tolerance=0.08,
+        tolerance=0.06,
     ),
     "qwen2-2-ranks": Case(QWEN2, ((3,), (1, 2), (0, 2)), 2, replace(POLICY, compression=4)),
     "qwen3": Case(QWEN3, ((0, 2), (3,), (1,))),
@@ -135,6 +138,7 @@ def test_logits_are_those_of_the_original_model(
     case = CASES[name]
     heads, policy = case.heads, case.policy
     spec = write_model(tmp_path / "model", **case.config)
+    assert spec.position == ("alibi" if "alibi" in name else "rope")
     head_map = HeadMap(
         spec.name, spec.fingerprint(), spec.num_layers, spec.num_kv_heads, heads, "test", "by hand"
     )
@@ -208,7 +212,5 @@ def test_logits_are_those_of_the_original_model(
     assert rows == sum(len(t) - 1 for t in tokens.values())
     assert generations >= 60
     assert bool(chunks) == bool(case.chunk)
-    # Without compression, or with other heads, the logits would be others.
-    assert np.median(apart) > 2 * case.tolerance, (
-        f"the dense model is as near: {np.median(apart):.3f}"
-    )
+    # Without compression every logit row that sees dropped tokens is far from what it should be.
+    assert min(apart) > 5 * case.tolerance, f"the dense model is as near: {min(apart):.3f}"
