@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,6 +208,7 @@ def _print_plan(
 def _build(args: argparse.Namespace) -> int:
     from trt_razor.build import BuildRequest, build_engine
     from trt_razor.convert import convert_only
+    from trt_razor.trtllm.options import TrtLlmOptions
 
     extra = arguments.trtllm_options(args)
     if args.backend != "tensorrt-llm" and not args.plan and extra.world_size != 1:
@@ -234,6 +236,11 @@ def _build(args: argparse.Namespace) -> int:
     )
     request.validate()
     if args.plan:
+        if replace(extra, tp_size=1, pp_size=1) != TrtLlmOptions() or args.convert_only:
+            raise UsageError(
+                "--plan: of the TensorRT-LLM options it takes --tp-size and --pp-size only; leave the "
+                "others out"
+            )
         heads = None if args.heads == "auto" else Path(args.heads)
         dtype, batch = args.dtype or "float16", args.max_batch_size or 1
         return _print_plan(args, request, heads, dtype, batch)

@@ -407,4 +407,8 @@ def test_plan_needs_no_tensorrt_llm(run: Run) -> None:
         "--model", "qwen-72b", "--razor", "--plan", "--tp-size", "8", "--max-seq-len", "32768"
     )
     assert code == 0, err
-    assert "tp_size" in out or "GPU" in out or "rank" in out
+    assert "qwen-72b · 32,768 tokens · 8 GPUs" in out
+    for option in (["--kv-dtype", "fp8"], ["--tokens-per-block", "64"], ["--convert-only"]):
+        code, _, err = run("--model", "qwen-72b", "--razor", "--plan", *option)
+        assert code == 2
+        assert "takes --tp-size and --pp-size only" in err
