@@ -421,7 +421,7 @@ def _encode(texts: Sequence[str], args: argparse.Namespace, engine: Engine) -> l
             messages = [{"role": "user", "content": text}]
             if args.system is not None:
                 messages.insert(0, {"role": "system", "content": args.system})
-            ids.append(tokenizer.encode(tokenizer.chat(messages)))
+            ids.append(tokenizer.encode_chat(messages))
         else:
             ids.append(tokenizer.encode(text, add_special=True, parse_special=False))
     return ids

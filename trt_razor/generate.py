@@ -15,7 +15,10 @@ import numpy as np
 from trt_razor.backends.base import Session
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.models.tokenizer import TextStream, Tokenizer
-from trt_razor.sampling import SamplingParams, sample
+from trt_razor.sampling import History, SamplingParams, ends_with, log_prob, sample
+
+OLDEST_EVERY = 4
+"""Every so many prefill chunks go to the oldest prompt, whatever its length."""
 
 __all__ = ["Completion", "Event", "Generator", "SamplingParams", "sample"]
 
@@ -28,9 +31,10 @@ class Event:
         request: id from ``submit``.
         token: the new token, or None if only held-back text came out at the end.
         text: text newly complete (empty without a tokenizer, or while a character is incomplete).
-        finished: None, or why it ended: ``stop`` (end token, stop text or id), ``length``
-            (max_new_tokens), ``capacity`` (max_seq_len), ``error``.
+        finished: None, or why it ended: ``stop`` (end token, stop text, id or sequence),
+            ``length`` (max_new_tokens), ``capacity`` (max_seq_len), ``error``.
         error: message if ``finished`` is ``error``.
+        logprob: of the token, if its request asked for them.
     """
 
     request: int
@@ -38,6 +42,7 @@ class Event:
     text: str = ""
     finished: str | None = None
     error: str | None = None
+    logprob: float | None = None
 
 
 @dataclass
@@ -65,6 +70,7 @@ class _Sequence:
     rng: np.random.Generator
     stream: TextStream | None
     stop_ids: frozenset[int]
+    history: History
     cached: int = 0  # tokens of prompt and output in the cache
     tokens: list[int] = field(default_factory=list)
     held: str = ""  # text not given out: it may be the start of a stop text
@@ -72,6 +78,11 @@ class _Sequence:
     @property
     def decoding(self) -> bool:
         return bool(self.tokens)
+
+    @property
+    def unread(self) -> int:
+        """Prompt tokens that are not in the cache yet."""
+        return len(self.prompt) - self.cached
 
 
 class Generator:
@@ -98,6 +109,7 @@ class Generator:
         self._slots: list[_Sequence | None] = [None] * session.num_slots
         self._waiting: deque[_Sequence] = deque()
         self._next = 0
+        self._chunks = 0  # prefill chunks so far
 
     @property
     def active(self) -> int:
@@ -108,6 +120,11 @@ class Generator:
     def waiting(self) -> int:
         """Requests that wait for a slot."""
         return len(self._waiting)
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """Tokens in the cache of every request in a slot."""
+        return [s.cached for s in self._slots if s is not None]
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a prompt of token ids; returns the request's id.
@@ -127,6 +144,7 @@ class Generator:
             raise UsageError("stop: texts need a tokenizer, and this engine has none")
         request, self._next = self._next, self._next + 1
         eos = frozenset() if params.ignore_eos else self._eos
+        stop_ids = eos | set(params.stop_token_ids)
         self._waiting.append(
             _Sequence(
                 request,
@@ -134,7 +152,8 @@ class Generator:
                 params,
                 np.random.default_rng(params.seed),
                 self.tokenizer.stream() if self.tokenizer else None,
-                eos | set(params.stop_token_ids),
+                stop_ids,
+                History(params, ids, self.session.vocab_size, stop_ids),
             )
         )
         return request
@@ -169,9 +188,13 @@ class Generator:
         return False
 
     def step(self) -> list[Event]:
-        """One prefill chunk for the oldest prompt that is not read yet, then one token for every
-        sequence that decodes. Returns what came out, nothing for a chunk that ends inside its
-        prompt; ``active`` and ``waiting`` say whether anything is left to do."""
+        """One prefill chunk for a prompt that is not read yet, then one token for every sequence
+        that decodes. Returns what came out, nothing for a chunk that ends inside its prompt;
+        ``active`` and ``waiting`` say whether anything is left to do.
+
+        What the session refuses ends the requests that were in that pass, with an ``error`` event;
+        the others go on.
+        """
         for slot, sequence in enumerate(self._slots):
             if sequence is None and self._waiting:
                 self.session.reset(slot)
@@ -183,23 +206,38 @@ class Generator:
             events += self._decode_step(decoding)
         return events
 
-    def _prefill_step(self) -> list[Event]:
+    def _next_to_read(self) -> int | None:
+        """The slot whose prompt is read on: the one with least left, so that a short prompt does
+        not wait for all of a long one; every few chunks the oldest, so that the long one ends."""
         reading = [
-            (s.request, i) for i, s in enumerate(self._slots) if s is not None and not s.decoding
+            (s.unread, s.request, i)
+            for i, s in enumerate(self._slots)
+            if s is not None and not s.decoding
         ]
         if not reading:
+            return None
+        self._chunks += 1
+        if self._chunks % OLDEST_EVERY == 0:
+            return min(reading, key=lambda x: x[1])[2]
+        return min(reading)[2]
+
+    def _prefill_step(self) -> list[Event]:
+        slot = self._next_to_read()
+        if slot is None:
             return []
-        slot = min(reading)[1]
         s = self._slots[slot]
         assert s is not None
         tokens = s.prompt[s.cached : s.cached + self.prefill_chunk]
-        logits = self.session.forward(
-            slot,
-            tokens[None],
-            np.array([s.cached], np.int32),
-            np.array([len(tokens)], np.int32),
-            np.array([[len(tokens) - 1]], np.int32),
-        )
+        try:
+            logits = self.session.forward(
+                slot,
+                tokens[None],
+                np.array([s.cached], np.int32),
+                np.array([len(tokens)], np.int32),
+                np.array([[len(tokens) - 1]], np.int32),
+            )
+        except RazorError as e:
+            return [self._fail(slot, e)]
         s.cached += len(tokens)
         return [] if s.cached < len(s.prompt) else [self._take(slot, logits[0, 0])]
 
@@ -214,7 +252,10 @@ class Generator:
                 past[slot - lo] = s.cached
                 if slot in slots:
                     tokens[slot - lo], chunk[slot - lo] = s.tokens[-1], 1
-        logits = self.session.forward(lo, tokens, past, chunk, np.zeros((hi - lo, 1), np.int32))
+        try:
+            logits = self.session.forward(lo, tokens, past, chunk, np.zeros((hi - lo, 1), np.int32))
+        except RazorError as e:
+            return [self._fail(slot, e) for slot in slots]
         events = []
         for slot in slots:
             s = self._slots[slot]
@@ -228,17 +269,17 @@ class Generator:
         s = self._slots[slot]
         assert s is not None
         try:
-            token = sample(logits, s.params, s.rng)
+            token = sample(s.history.adjust(logits), s.params, s.rng)
         except RazorError as e:
-            self._slots[slot] = None
-            return Event(s.request, None, self._flush(s), "error", str(e))
+            return self._fail(slot, e)
         if token in s.stop_ids:
             self._slots[slot] = None
             return Event(s.request, None, self._flush(s), "stop")
         s.tokens.append(token)
+        s.history.add(token)
         text, stopped = self._text(s, token)
         finished = None
-        if stopped:
+        if stopped or (self._may_stop(s) and self._at_stop_sequence(s)):
             finished = "stop"
         elif len(s.tokens) >= s.params.max_new_tokens:
             finished = "length"
@@ -248,13 +289,29 @@ class Generator:
             self._slots[slot] = None
             if not stopped:
                 text += self._flush(s)
-        return Event(s.request, token, text, finished)
+        logprob = log_prob(logits, token) if s.params.logprobs else None
+        return Event(s.request, token, text, finished, logprob=logprob)
+
+    def _fail(self, slot: int, e: RazorError) -> Event:
+        s = self._slots[slot]
+        assert s is not None
+        self._slots[slot] = None
+        return Event(s.request, None, self._flush(s), "error", str(e))
+
+    @staticmethod
+    def _may_stop(s: _Sequence) -> bool:
+        return len(s.tokens) >= s.params.min_tokens
+
+    @staticmethod
+    def _at_stop_sequence(s: _Sequence) -> bool:
+        return any(ends_with(s.tokens, x) for x in s.params.stop_sequences)
 
     def _text(self, s: _Sequence, token: int) -> tuple[str, bool]:
         """(text to give out, whether a stop text ended it)."""
         if s.stream is None:
             return "", False
-        return self._cut(s, s.stream.step(token))
+        more = s.stream.step(token)
+        return self._cut(s, more) if self._may_stop(s) else (more, False)
 
     def _cut(self, s: _Sequence, more: str) -> tuple[str, bool]:
         text = s.held + more

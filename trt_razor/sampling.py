@@ -1,8 +1,10 @@
-"""How the next token is chosen from logits: greedy, or drawn by temperature, top-k and top-p."""
+"""How the next token is chosen from logits: penalties and bans first, then greedy, or drawn by
+temperature, top-k and top-p."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +25,15 @@ class SamplingParams:
             else runs beside it. None = a fresh one.
         stop: texts that end generation; they are not part of the output.
         stop_token_ids: ids that end generation, besides the model's own.
+        stop_sequences: sequences of ids that end generation; they stay in ``Completion.tokens``.
+        bad_words: sequences of ids that are never generated.
+        min_tokens: no end before so many tokens, whatever would end it but ``max_new_tokens``.
+        repetition_penalty: positive logits of tokens in the prompt or the answer are divided by it,
+            negative ones multiplied (arXiv 1909.05858, section 4.1); 1 = none.
+        presence_penalty: taken off the logits of tokens in the answer.
+        frequency_penalty: taken off them as often as they are there.
         ignore_eos: go on after the model's end token (for measurements).
+        logprobs: also give the log-probability of every token, by the model's own logits.
 
     Raises:
         UsageError: naming the wrong field.
@@ -36,7 +46,14 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     ignore_eos: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         n, k, seed = self.max_new_tokens, self.top_k, self.seed
@@ -50,6 +67,17 @@ class SamplingParams:
         ok = not isinstance(self.stop, str) and all(isinstance(x, str) and x for x in self.stop)
         _check("stop", self.stop, ok, "texts that are not empty")
         _check("stop_token_ids", self.stop_token_ids, all(map(_is_int, self.stop_token_ids)), "ids")
+        for name in ("stop_sequences", "bad_words"):
+            words = getattr(self, name)
+            ok = all(isinstance(w, tuple) and w and all(map(_is_int, w)) for w in words)
+            _check(name, words, ok, "sequences of ids that are not empty")
+        low = self.min_tokens
+        _check("min_tokens", low, _is_int(low) and 0 <= low <= n, f"0 .. max_new_tokens ({n})")
+        r = self.repetition_penalty
+        _check("repetition_penalty", r, _is_number(r) and 0 < r <= 100, "a number in (0, 100]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            x = getattr(self, name)
+            _check(name, x, _is_number(x) and abs(x) <= 100, "a number in -100 .. 100")
 
 
 def _is_int(x: object) -> bool:
@@ -63,6 +91,70 @@ def _is_number(x: object) -> bool:
 def _check(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
         raise UsageError(f"{name}: expected {expected}, found {value!r:.60}")
+
+
+class History:
+    """What a sequence has said so far, as far as its parameters ask for it.
+
+    Args:
+        params: of the sequence.
+        prompt: its ids [n]. vocab: size of the logits.
+        end_ids: ids that end it, banned before ``min_tokens``.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: np.ndarray, vocab: int, end_ids: Collection[int]
+    ) -> None:
+        self._params = params
+        self._tokens: list[int] = []
+        self._ends = np.array([i for i in end_ids if 0 <= i < vocab], np.int64)
+        self._bad = [w for w in params.bad_words if all(0 <= i < vocab for i in w)]
+        self._said: np.ndarray | None = None
+        self._count: np.ndarray | None = None
+        if params.repetition_penalty != 1:
+            self._said = np.zeros(vocab, bool)
+            self._said[prompt] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self._count = np.zeros(vocab, np.float64)
+
+    def add(self, token: int) -> None:
+        """A token that was chosen."""
+        self._tokens.append(token)
+        if self._said is not None:
+            self._said[token] = True
+        if self._count is not None:
+            self._count[token] += 1
+
+    def adjust(self, logits: np.ndarray) -> np.ndarray:
+        """Logits [vocab] with penalties, bans at -inf: the same array if there is nothing to do."""
+        p = self._params
+        early = len(self._tokens) < p.min_tokens and self._ends.size > 0
+        if self._said is None and self._count is None and not self._bad and not early:
+            return logits
+        scores = logits.astype(np.float64)
+        if self._said is not None:
+            x, r = scores[self._said], p.repetition_penalty
+            scores[self._said] = np.where(x > 0, x / r, x * r)
+        if self._count is not None:
+            scores -= p.presence_penalty * (self._count > 0) + p.frequency_penalty * self._count
+        if early:
+            scores[self._ends] = -np.inf
+        for word in self._bad:
+            if ends_with(self._tokens, word[:-1]):
+                scores[word[-1]] = -np.inf
+        return scores
+
+
+def ends_with(tokens: Sequence[int], tail: Sequence[int]) -> bool:
+    """Whether a sequence ends with another one."""
+    return len(tail) <= len(tokens) and list(tokens[len(tokens) - len(tail) :]) == list(tail)
+
+
+def log_prob(logits: np.ndarray, token: int) -> float:
+    """Natural logarithm of a token's probability by logits [vocab]."""
+    scores = logits.astype(np.float64)
+    top = scores.max()
+    return float(scores[token] - top - np.log(np.exp(scores - top).sum()))
 
 
 def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:

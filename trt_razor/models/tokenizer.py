@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -167,6 +168,43 @@ class Tokenizer:
         except Exception as e:  # whatever a foreign template may raise
             reason = " ".join(str(e).split())[:200]
             raise UsageError(f"{self._where}: the chat template failed: {reason}") from None
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation in the model's own format.
+
+        Control tokens spelled out in a content (``<|im_end|>`` in a user's text) stay plain
+        characters there: nobody can end his turn and speak as somebody else.
+
+        Raises:
+            UsageError: as ``chat`` and ``encode``.
+        """
+        # A stand-in for each control token in a content, which no text can hold by accident.
+        controls = [t.decode("utf-8", "replace") for t, special in self._added.values() if special]
+        controls = sorted((c for c in controls if c), key=len, reverse=True)
+        mark = secrets.token_hex(8)
+        found: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            found.append(match[0])
+            return f"\ue000{mark}:{len(found) - 1}\ue001"
+
+        def hidden(value: Any) -> Any:
+            if not isinstance(value, str) or not controls:
+                return value
+            return re.sub("|".join(map(re.escape, controls)), hide, value)
+
+        text = self.chat(
+            [{k: hidden(v) for k, v in m.items()} for m in messages], add_generation_prompt
+        )
+        if not found:
+            return self.encode(text)
+        ids: list[int] = []
+        for i, part in enumerate(re.split(f"\ue000{mark}:(\\d+)\ue001", text)):
+            content = i % 2 == 1
+            ids += self.encode(found[int(part)] if content else part, parse_special=not content)
+        return ids
 
     # Files ------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:
