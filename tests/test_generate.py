@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,83 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
+from fake_session import INF, NAN, VOCAB, FakeSession, alone, mixed
 from tiny_models import POLICY, TEMPLATE, TinyModel, byte_tokenizer_json
 
 from trt_razor.engine import Engine
 from trt_razor.errors import RazorError, UsageError
-from trt_razor.generate import Completion, Event, Generator, SamplingParams, sample
+from trt_razor.generate import Completion, Event, Generator, SamplingParams
 from trt_razor.models.tokenizer import Tokenizer
-
-VOCAB = 24
-NAN, INF = float("nan"), float("inf")
-
-
-def mixed(sequence: list[int]) -> np.ndarray:
-    """Logits [VOCAB] that depend on every token of a sequence."""
-    return 3 * np.random.default_rng([9, *sequence]).standard_normal(VOCAB).astype(np.float32)
-
-
-class FakeSession:
-    """A session that knows what every slot was told, and refuses what a real one would garble."""
-
-    def __init__(
-        self,
-        num_slots: int = 1,
-        max_seq_len: int = 64,
-        logits: Callable[[list[int]], np.ndarray] = mixed,
-        vocab_size: int = VOCAB,
-    ) -> None:
-        self.num_slots, self.max_seq_len, self.vocab_size = num_slots, max_seq_len, vocab_size
-        self.logits = logits
-        self.cached: list[list[int]] = [[] for _ in range(num_slots)]
-        self.calls: list[tuple[int, list[int]]] = []  # first slot, chunk of each row
-        self.kv_bytes = 0
-        self.idle_rows_are_taken = False  # by prompts half read, whose caches must stay whole
-
-    def reset(self, slot: int) -> None:
-        self.cached[slot] = []
-
-    def forward(
-        self,
-        first_slot: int,
-        tokens: np.ndarray,
-        past: np.ndarray,
-        chunk: np.ndarray,
-        logits_index: np.ndarray,
-    ) -> np.ndarray:
-        self.calls.append((first_slot, chunk.tolist()))
-        rows, width = tokens.shape
-        assert {a.dtype for a in (tokens, past, chunk, logits_index)} == {np.dtype(np.int32)}
-        assert past.shape == chunk.shape == (rows,)
-        assert first_slot + rows <= self.num_slots
-        out = np.full((rows, logits_index.shape[1], self.vocab_size), NAN, np.float32)
-        for row in range(rows):
-            sequence, n = self.cached[first_slot + row], int(chunk[row])
-            assert n <= width
-            if n == 0:
-                assert past[row] == len(sequence) or not self.idle_rows_are_taken
-                continue
-            assert past[row] == len(sequence)
-            sequence += tokens[row, :n].tolist()
-            assert len(sequence) <= self.max_seq_len
-            for i, at in enumerate(logits_index[row]):
-                assert at < n
-                out[row, i] = self.logits(sequence[: int(past[row]) + int(at) + 1])
-        return out
-
-
-def alone(prompt: list[int], params: SamplingParams, max_seq_len: int = 64) -> list[int]:
-    """What a request must give, from the definition: no slots, no chunks."""
-    sequence, tokens = list(prompt), []
-    rng = np.random.default_rng(params.seed)
-    while len(tokens) < params.max_new_tokens and len(sequence) <= max_seq_len:
-        token = sample(mixed(sequence), params, rng)
-        if token in params.stop_token_ids:
-            break
-        tokens.append(token)
-        sequence.append(token)
-    return tokens
-
 
 # Slots ----------------------------------------------------------------------------------------
 REQUEST = st.tuples(
@@ -145,7 +75,7 @@ def test_every_step_moves_decoding_rows_by_one_while_a_prompt_is_read_in_chunks(
 def test_a_hole_between_active_slots_is_idle() -> None:
     session = FakeSession(3)
     generator = Generator(session)
-    lengths = [6, 1, 4]
+    lengths = [6, 1, 6]
     params = [SamplingParams(max_new_tokens=n) for n in lengths]
     results = generator.run([[1], [2], [3]], params)
     assert [len(r.tokens) for r in results] == lengths
@@ -170,6 +100,74 @@ def test_a_prompt_half_read_between_decoding_rows_keeps_its_cache() -> None:
             tokens[e.request] += [] if e.token is None else [e.token]
     assert tokens[b] == alone(prompts[1], many)
     assert (0, [1, 0, 1]) in session.calls
+
+
+def test_short_prompts_are_read_together_and_a_step_stays_short() -> None:
+    session = FakeSession(6)
+    generator = Generator(session, prefill_chunk=8)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8], [9], [10] * 9]
+    params = SamplingParams(max_new_tokens=3)
+    first: dict[int, int] = {}
+    ids = [generator.submit(p, params) for p in prompts]
+    tokens: dict[int, list[int]] = {i: [] for i in ids}
+    for step in range(8):
+        before = len(session.calls)
+        for e in generator.step():
+            first.setdefault(e.request, step)
+            tokens[e.request] += [] if e.token is None else [e.token]
+        read = [c for slot, c in session.calls[before:] if len(c) == 1 and c != [1]]
+        assert sum(c[0] for c in read) <= 8
+    assert [first[i] for i in ids] == [0, 0, 1, 0, 3]
+    for i, prompt in zip(ids, prompts, strict=True):
+        assert tokens[i] == alone(prompt, params)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+@pytest.mark.parametrize("read", range(6))
+def test_a_short_prompt_does_not_wait_for_a_long_one(read: int, others: int) -> None:
+    session = FakeSession(others + 1, 400)
+    generator = Generator(session, prefill_chunk=8)
+    params = SamplingParams(max_new_tokens=2)
+    long = [generator.submit([i] * 320, params) for i in range(others)]
+    for _ in range(read):
+        generator.step()
+    before = len(session.calls)
+    short = generator.submit([3, 1, 2], params)
+    while short not in [e.request for e in generator.step()]:
+        pass
+    assert len(session.calls) - before < 4
+    seen: set[int] = set()
+    for _ in range(41 * others):
+        seen.update(e.request for e in generator.step())
+    assert seen >= set(long)
+
+
+def test_a_long_prompt_ends_while_short_ones_keep_coming() -> None:
+    session = FakeSession(3, 200)
+    generator = Generator(session, prefill_chunk=4)
+    one = SamplingParams(max_new_tokens=1)
+    long = generator.submit([1] * 40, one)
+    for _ in range(4 * 10):
+        generator.submit([2, 3, 4], one)
+        if long in [e.request for e in generator.step()]:
+            break
+    else:
+        pytest.fail("the long prompt never got its turn")
+
+
+def test_a_slot_that_cannot_be_cleared_ends_one_request_only() -> None:
+    class Broken(FakeSession):
+        def reset(self, slot: int) -> None:
+            if slot == 0 and not self.calls:
+                raise RazorError("slot 0: cannot be cleared")
+            super().reset(slot)
+
+    generator = Generator(Broken(2))
+    results = generator.run([[1], [2], [3]], SamplingParams(max_new_tokens=3))
+    assert [(r.finished, r.error) for r in results] == [
+        ("error", "slot 0: cannot be cleared"), ("length", None), ("length", None),
+    ]  # fmt: skip
+    assert results[2].tokens == alone([3], SamplingParams(max_new_tokens=3))
 
 
 def test_waiting_requests_take_free_slots_in_order() -> None:
@@ -273,104 +271,6 @@ def test_prompts_that_are_none(prompt: list[Any]) -> None:
     assert generator.waiting == 0
 
 
-@pytest.mark.parametrize(
-    "field, values",
-    [
-        ("max_new_tokens", [0, -1, 1.5, True]),
-        ("temperature", [NAN, INF, -0.1, 1e9, "1"]),
-        ("top_k", [-1, 2.0]),
-        ("top_p", [0, -0.5, 1.01, NAN]),
-        ("seed", [-1, 2**64, 0.5]),
-        ("stop", ["text", ("",), (3,)]),
-        ("stop_token_ids", [("x",)]),
-    ],
-)
-def test_sampling_params_name_the_wrong_field(field: str, values: list[Any]) -> None:
-    for value in values:
-        with pytest.raises(UsageError, match=f"^{field}: expected"):
-            SamplingParams(**{field: value})
-
-
-# Sampling -------------------------------------------------------------------------------------
-def plain_distribution(logits: np.ndarray, t: float, k: int, p: float) -> np.ndarray:
-    """Probabilities [vocab] of temperature, top-k, top-p in this order, the slow way."""
-    weights = {i: np.exp((float(x) - float(logits.max())) / t) for i, x in enumerate(logits)}
-    ranked = sorted(weights, key=lambda i: (-logits[i], i))[: k or None]
-    total = sum(weights[i] for i in ranked)
-    kept, mass = [], 0.0
-    for i in ranked:
-        kept.append(i)
-        mass += weights[i] / total
-        if mass >= p:
-            break
-    out = np.zeros(len(logits))
-    out[kept] = [weights[i] for i in kept]
-    return out / out.sum()
-
-
-class Uniform:
-    """Stands for a random generator: the midpoints of n equal parts of 0..1."""
-
-    def __init__(self, n: int) -> None:
-        self.values: Iterator[float] = iter([(i + 0.5) / n for i in range(n)])
-
-    def random(self) -> float:
-        return next(self.values)
-
-
-@pytest.mark.parametrize("t, k, p", [
-    (1.0, 0, 1.0), (0.5, 0, 1.0), (3.0, 4, 1.0), (1.0, 0, 0.6), (1.5, 6, 0.7), (1.0, 3, 0.2),
-    (1.0, 99, 0.999), (1e-300, 0, 1.0), (1e4, 0, 0.5),
-])  # fmt: skip
-@pytest.mark.parametrize("seed", [0, 1])
-def test_probabilities_are_the_definition(t: float, k: int, p: float, seed: int) -> None:
-    logits = 2 * np.random.default_rng(seed).standard_normal(12).astype(np.float32)
-    logits[[2, 5, 9]] = logits[4]  # ties
-    logits[7] = -np.inf
-    n = 2000
-    rng: Any = Uniform(n)
-    params = SamplingParams(temperature=t, top_k=k, top_p=p)
-    drawn = np.bincount([sample(logits, params, rng) for _ in range(n)], minlength=12)
-    expected = plain_distribution(logits, t, k, p)
-    assert np.abs(drawn / n - expected).max() <= 1.5 / n
-    assert (drawn[expected == 0] == 0).all()
-
-
-def test_draws_follow_the_probabilities() -> None:
-    logits = np.random.default_rng(3).standard_normal(8).astype(np.float32)
-    rng, n = np.random.default_rng(4), 4000
-    params = SamplingParams(temperature=0.8, top_k=6, top_p=0.9)
-    drawn = np.bincount([sample(logits, params, rng) for _ in range(n)], minlength=8)
-    p = plain_distribution(logits, 0.8, 6, 0.9)
-    sigma = np.sqrt(n * p * (1 - p))
-    assert (np.abs(drawn - n * p) <= 4 * sigma).all()
-
-
-def test_what_cannot_come_does_not_come_for_the_smallest_draw() -> None:
-    class Zero:
-        def random(self) -> float:
-            return 0.0
-
-    rng: Any = Zero()
-    assert sample(np.float32([-INF, 1, 1]), SamplingParams(temperature=1.0), rng) == 1
-
-
-def test_greedy_is_the_first_largest() -> None:
-    rng = np.random.default_rng(0)
-    logits = np.array([1, 5, 5, -INF], np.float32)
-    assert sample(logits, SamplingParams(), rng) == 1
-    assert sample(logits, SamplingParams(temperature=2.0, top_k=1), rng) == 1
-
-
-@pytest.mark.parametrize("logits", [[NAN, 1], [1, NAN], [INF, 1], [-INF, -INF], [NAN, NAN]])
-@pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("t", [0.0, 1.0])
-def test_logits_without_a_meaning(logits: list[float], k: int, t: float) -> None:
-    with pytest.raises(RazorError, match="not finite") as e:
-        sample(np.float32(logits), SamplingParams(temperature=t, top_k=k), np.random.default_rng(0))
-    assert e.value.exit_code == 1
-
-
 # Text -----------------------------------------------------------------------------------------
 TOKENIZER = Tokenizer(
     byte_tokenizer_json(), {"bos_token": "<s>", "eos_token": "</s>"}, 256, (257,), TEMPLATE, "test"
@@ -431,6 +331,54 @@ def test_text_that_only_begins_like_a_stop_comes_out_at_the_end(then: int | None
     assert result.text == "so STO"
     assert result.finished == ("stop" if then else "length")
     assert pieces[-1] == "STO"
+
+
+def test_stop_sequences_end_it_and_stay() -> None:
+    ids = tuple(TOKENIZER.encode("cd"))
+    result, _ = say_text("abcdef", stop_sequences=(tuple(TOKENIZER.encode("x")), ids))
+    assert (result.text, result.finished) == ("abcd", "stop")
+    assert tuple(result.tokens[-2:]) == ids
+    # The text of a word is cut, its ids are not.
+    result, _ = say_text("abcdef", stop_sequences=(ids,), stop=("cd",))
+    assert (result.text, result.finished) == ("ab", "stop")
+    assert result.tokens == TOKENIZER.encode("abcd")
+
+
+@pytest.mark.parametrize("low, text, finished", [
+    (0, "", "stop"), (1, "xy", "stop"), (3, "xyxy", "stop"), (5, "xyxyx", "length"),
+])  # fmt: skip
+def test_min_tokens_puts_off_every_end_but_the_last(low: int, text: str, finished: str) -> None:
+    word = tuple(TOKENIZER.encode("xy"))
+    given: dict[str, Any] = {"max_new_tokens": 5, "min_tokens": low}
+    result, _ = say_text("xyxyxyxy", stop_sequences=(word,), **given)
+    assert (result.text, result.finished) == (text or "xy", finished)
+    # A text that began before the bound counts from there on, as what is out stays out.
+    result, _ = say_text("xyxyxyxy", stop=("y",), **given)
+    assert len(result.tokens) >= low
+    assert result.finished == finished
+
+    def end_first(sequence: list[int]) -> np.ndarray:
+        out = np.zeros(264, np.float32)
+        out[[257, TOKENIZER.encode("x")[0]]] = 2, 1
+        return out
+
+    generator = Generator(FakeSession(1, 20, end_first, 264), 0, [257], TOKENIZER)
+    ended = generator.run([[256]], SamplingParams(**given))[0]
+    assert (len(ended.tokens), ended.finished) == (low, "length" if low == 5 else "stop")
+
+
+def test_logprobs_are_those_of_the_model_whatever_is_sampled() -> None:
+    params = SamplingParams(
+        max_new_tokens=8, temperature=0.5, top_k=5, seed=4, repetition_penalty=1.5, logprobs=True
+    )
+    events: list[Event] = []
+    generator = Generator(FakeSession(2))
+    result = generator.run([[5, 6]], params, lambda i, e: events.append(e))[0]
+    sequence = [5, 6]
+    for event, token in zip(events, result.tokens, strict=True):
+        x = mixed(sequence).astype(float)
+        assert event.logprob == pytest.approx(x[token] - np.log(np.exp(x).sum()), abs=1e-9)
+        sequence.append(token)
 
 
 def test_half_a_character_at_the_end_is_shown_as_such() -> None:

@@ -1,4 +1,4 @@
-"""``trt-razor``: find heads, plan, build, generate, inspect. Thin: every command calls the package."""
+"""``trt-razor``: find heads, plan, build, generate, inspect, serve. Thin: every command calls the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_razor import __version__
+from trt_razor import __version__, cli_serving
 from trt_razor import cli_arguments as arguments
 from trt_razor.cli_arguments import BUILD_EPILOG, Parser, policy, policy_options
 from trt_razor.console import Bars, err, fail, guarded, out, say
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("inspect", help=text, description=f"{text.capitalize()}.")
     arguments.inspect_arguments(p)
     p.set_defaults(run=_inspect)
+    cli_serving.add_commands(commands)
     return parser
 
 
@@ -312,6 +313,10 @@ def _generate(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
         stop=tuple(args.stop),
+        min_tokens=args.min_tokens,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
         ignore_eos=args.ignore_eos,
     )
     texts, ids = _given_prompts(args)

@@ -322,6 +322,23 @@ def generate_arguments(p: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be repeated",
     )
+    p.add_argument(
+        "--min-tokens", type=int, default=0, metavar="N", help="no end before so many (default 0)"
+    )
+    p.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens of prompt and answer become less likely (default 1 = none)",
+    )
+    for name, text in (
+        ("presence", "off the logits of tokens that the answer has"),
+        ("frequency", "off them as often as it has them"),
+    ):
+        p.add_argument(
+            f"--{name}-penalty", type=float, default=0.0, metavar="X", help=f"{text} (default 0)"
+        )
     p.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
     p.add_argument("--slots", type=int, metavar="N", help="sequences at once (default: as needed)")
     p.add_argument("--no-verify", action="store_true", help="skip the checksums of the files")

@@ -65,7 +65,7 @@ def convert_only(
         head_map = final_heads(resolve_heads(request, checkpoint, say, progress), backend, say)
         options = options_of(request, backend, spec, head_map)
     tokenizer = checkpoint.tokenizer()
-    with replace_directory(output) as staging:
+    with replace_directory(output, "checkpoint") as staging:
         backend.convert(checkpoint, options, staging, progress)
         if options.graph.head_map is not None:
             options.graph.head_map.save(staging / HEADS_FILE)

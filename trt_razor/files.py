@@ -85,13 +85,16 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 
 
 @contextlib.contextmanager
-def replace_directory(target: Path) -> Iterator[Path]:
+def replace_directory(target: Path, what: str = "engine") -> Iterator[Path]:
     """Build a directory beside ``target`` and put it in place only when the block succeeds.
 
     Yields the staging folder. On any error or Ctrl-C it is removed and ``target`` is untouched;
     on success an existing ``target`` is swapped out in one step and then deleted. A symbolic link
     stays: the folder it points to is replaced. Staging folders of processes that were killed on
     this machine are removed first.
+
+    Args:
+        what: is written, for messages.
 
     Raises:
         RazorError: the target is a file or a mount point, the disk cannot take the new folder, or
@@ -112,7 +115,7 @@ def replace_directory(target: Path) -> Iterator[Path]:
         staging, lock = _new_staging(target)
     except OSError as e:
         raise RazorError(
-            f"{target.parent}: cannot create the engine folder: {e.strerror or e}"
+            f"{target.parent}: cannot create the folder of the {what}: {e.strerror or e}"
         ) from None
     try:
         yield staging
@@ -120,7 +123,7 @@ def replace_directory(target: Path) -> Iterator[Path]:
             _put_in_place(staging, target)
     except OSError as e:
         raise RazorError(
-            f"{target}: building the engine failed: {_reason(e)}; nothing was changed there"
+            f"{target}: writing the {what} failed: {_reason(e)}; nothing was changed there"
         ) from None
     finally:
         with _interrupts_held_back():  # a second Ctrl-C must not leave half of it
@@ -245,7 +248,7 @@ def _remove_staging(staging: Path) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what killed processes left; an engine they had moved aside is put back."""
+    """Remove what killed processes left; a folder they had moved aside is put back."""
     if fcntl is None:
         return
     for path in target.parent.glob(glob.escape(_staging_prefix(target)) + "*"):

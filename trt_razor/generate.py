@@ -188,22 +188,32 @@ class Generator:
         return False
 
     def step(self) -> list[Event]:
-        """One prefill chunk for a prompt that is not read yet, then one token for every sequence
-        that decodes. Returns what came out, nothing for a chunk that ends inside its prompt;
-        ``active`` and ``waiting`` say whether anything is left to do.
+        """A chunk of a prompt that is not read yet, or several short ones of ``prefill_chunk``
+        tokens together, then one token for every sequence that decodes. Returns what came out,
+        nothing for a chunk that ends inside its prompt; ``active`` and ``waiting`` say whether
+        anything is left to do.
 
         What the session refuses ends the requests that were in that pass, with an ``error`` event;
         the others go on.
         """
-        for slot, sequence in enumerate(self._slots):
-            if sequence is None and self._waiting:
-                self.session.reset(slot)
-                self._slots[slot] = self._waiting.popleft()
-        # Those that decode were there before the prompt below joins them.
+        events = self._admit()
+        # Those that decode were there before the prompts below join them.
         decoding = [i for i, s in enumerate(self._slots) if s is not None and s.decoding]
-        events = self._prefill_step()
+        events += self._prefill_step()
         if decoding:
             events += self._decode_step(decoding)
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Waiting requests take free slots."""
+        events: list[Event] = []
+        for slot, sequence in enumerate(self._slots):
+            if sequence is None and self._waiting:
+                self._slots[slot] = self._waiting.popleft()
+                try:
+                    self.session.reset(slot)
+                except RazorError as e:
+                    events.append(self._fail(slot, e))
         return events
 
     def _next_to_read(self) -> int | None:
@@ -216,18 +226,30 @@ class Generator:
         ]
         if not reading:
             return None
-        self._chunks += 1
-        if self._chunks % OLDEST_EVERY == 0:
+        if self._chunks % OLDEST_EVERY == OLDEST_EVERY - 1:
             return min(reading, key=lambda x: x[1])[2]
         return min(reading)[2]
 
     def _prefill_step(self) -> list[Event]:
-        slot = self._next_to_read()
-        if slot is None:
-            return []
+        """Chunks of prompts, ``prefill_chunk`` tokens at most: where a prompt is cut does not
+        depend on the others, and a step is never longer than with one full chunk."""
+        events: list[Event] = []
+        room = self.prefill_chunk
+        while (slot := self._next_to_read()) is not None:
+            s = self._slots[slot]
+            assert s is not None
+            size = min(s.unread, self.prefill_chunk)
+            if size > room:
+                break
+            room -= size
+            self._chunks += 1
+            events += self._read(slot, s.prompt[s.cached : s.cached + size])
+        return events
+
+    def _read(self, slot: int, tokens: np.ndarray) -> list[Event]:
+        """A chunk of a prompt; its first token if that was the last chunk."""
         s = self._slots[slot]
         assert s is not None
-        tokens = s.prompt[s.cached : s.cached + self.prefill_chunk]
         try:
             logits = self.session.forward(
                 slot,
@@ -243,6 +265,7 @@ class Generator:
 
     def _decode_step(self, slots: list[int]) -> list[Event]:
         lo, hi = slots[0], slots[-1] + 1
+        wanted = set(slots)
         tokens = np.zeros((hi - lo, 1), np.int32)
         past, chunk = np.zeros(hi - lo, np.int32), np.zeros(hi - lo, np.int32)
         for slot in range(lo, hi):
@@ -250,7 +273,7 @@ class Generator:
             if s is not None:
                 # A row between two prefill chunks is idle here, but its cache must stay whole.
                 past[slot - lo] = s.cached
-                if slot in slots:
+                if slot in wanted:
                     tokens[slot - lo], chunk[slot - lo] = s.tokens[-1], 1
         try:
             logits = self.session.forward(lo, tokens, past, chunk, np.zeros((hi - lo, 1), np.int32))

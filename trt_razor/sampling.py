@@ -32,6 +32,7 @@ class SamplingParams:
             negative ones multiplied (arXiv 1909.05858, section 4.1); 1 = none.
         presence_penalty: taken off the logits of tokens in the answer.
         frequency_penalty: taken off them as often as they are there.
+        logit_bias: (id, number added to its logit, before the penalties) pairs.
         ignore_eos: go on after the model's end token (for measurements).
         logprobs: also give the log-probability of every token, by the model's own logits.
 
@@ -52,6 +53,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
 
@@ -78,6 +80,9 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             x = getattr(self, name)
             _check(name, x, _is_number(x) and abs(x) <= 100, "a number in -100 .. 100")
+        pairs = self.logit_bias
+        ok = all(len(x) == 2 and _is_int(x[0]) and _is_number(x[1]) for x in pairs)
+        _check("logit_bias", pairs, ok, "(id, number) pairs")
 
 
 def _is_int(x: object) -> bool:
@@ -109,6 +114,9 @@ class History:
         self._tokens: list[int] = []
         self._ends = np.array([i for i in end_ids if 0 <= i < vocab], np.int64)
         self._bad = [w for w in params.bad_words if all(0 <= i < vocab for i in w)]
+        bias = [(i, x) for i, x in params.logit_bias if 0 <= i < vocab]
+        self._bias_ids = np.array([i for i, _ in bias], np.int64)
+        self._bias = np.array([x for _, x in bias], np.float64)
         self._said: np.ndarray | None = None
         self._count: np.ndarray | None = None
         if params.repetition_penalty != 1:
@@ -126,12 +134,15 @@ class History:
             self._count[token] += 1
 
     def adjust(self, logits: np.ndarray) -> np.ndarray:
-        """Logits [vocab] with penalties, bans at -inf: the same array if there is nothing to do."""
+        """Logits [vocab] with bias and penalties, bans at -inf: the same array if there is nothing
+        to do."""
         p = self._params
         early = len(self._tokens) < p.min_tokens and self._ends.size > 0
-        if self._said is None and self._count is None and not self._bad and not early:
+        changed = self._said is not None or self._count is not None or self._bias.size > 0
+        if not (changed or self._bad or early):
             return logits
         scores = logits.astype(np.float64)
+        np.add.at(scores, self._bias_ids, self._bias)
         if self._said is not None:
             x, r = scores[self._said], p.repetition_penalty
             scores[self._said] = np.where(x > 0, x / r, x * r)
@@ -169,7 +180,9 @@ def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator)
     scores = logits.astype(np.float64)
     top = float(scores.max())  # NaN if any is
     if not math.isfinite(top):
-        raise RazorError("logits: not finite; the model's weights or its cache are damaged")
+        raise RazorError(
+            "logits: not finite; the model's weights or its cache are damaged, or every token is banned"
+        )
     if params.temperature == 0 or params.top_k == 1:
         return int(scores.argmax())
     keep = np.arange(len(scores))
@@ -180,10 +193,23 @@ def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator)
     with np.errstate(over="ignore"):  # a tiny temperature: the others become impossible
         p = np.exp((scores[keep] - top) / params.temperature)
     if params.top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        mass = np.cumsum(p[order])
-        count = int(np.searchsorted(mass, params.top_p * mass[-1])) + 1
-        keep, p = keep[order[:count]], p[order[:count]]
+        order = _most_likely(p, params.top_p)
+        keep, p = keep[order], p[order]
     mass = np.cumsum(p)
     drawn = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
     return int(keep[min(drawn, len(keep) - 1)])
+
+
+def _most_likely(p: np.ndarray, share: float) -> np.ndarray:
+    """Places of the largest p [n], in falling order, that first reach a share of their sum."""
+    target, count = share * p.sum(), 256
+    while True:
+        # Sorting a whole vocabulary costs milliseconds; a few hundred tokens are mostly enough.
+        first = np.arange(len(p))
+        if count < len(p):
+            first = np.flatnonzero(p >= np.partition(p, -count)[-count])
+        order = first[np.argsort(-p[first], kind="stable")]
+        reached = int(np.searchsorted(np.cumsum(p[order]), target))
+        if reached < len(order) or count >= len(p):
+            return order[: reached + 1]
+        count *= 8

@@ -123,6 +123,12 @@ class Tokenizer:
             known = self._cache[token_id] = b"" if piece is None else self._piece_bytes(piece)
         return known
 
+    def named_id(self, name: str) -> int | None:
+        """Id of a token by its name in the configuration (``eos_token``, ``pad_token`` …)."""
+        text = self._named.get(name)
+        known = None if text is None else self._backend.token_to_id(text)
+        return None if known is None else int(known)
+
     # Chat -------------------------------------------------------------------------------------
     def chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -181,8 +187,11 @@ class Tokenizer:
             UsageError: as ``chat`` and ``encode``.
         """
         # A stand-in for each control token in a content, which no text can hold by accident.
-        controls = [t.decode("utf-8", "replace") for t, special in self._added.values() if special]
-        controls = sorted((c for c in controls if c), key=len, reverse=True)
+        flags = {t.content: t for t in self._backend.get_added_tokens_decoder().values()}
+        controls = sorted((c for c, t in flags.items() if c and t.special), key=len, reverse=True)
+        if not controls:
+            return self.encode(self.chat(messages, add_generation_prompt))
+        control = re.compile("|".join(map(re.escape, controls)))
         mark = secrets.token_hex(8)
         found: list[str] = []
 
@@ -191,20 +200,33 @@ class Tokenizer:
             return f"\ue000{mark}:{len(found) - 1}\ue001"
 
         def hidden(value: Any) -> Any:
-            if not isinstance(value, str) or not controls:
-                return value
-            return re.sub("|".join(map(re.escape, controls)), hide, value)
+            if isinstance(value, str):
+                return control.sub(hide, value)
+            if isinstance(value, Mapping):
+                return {k: hidden(v) for k, v in value.items()}
+            return [hidden(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-        text = self.chat(
-            [{k: hidden(v) for k, v in m.items()} for m in messages], add_generation_prompt
-        )
+        text = self.chat([hidden(m) for m in messages], add_generation_prompt)
         if not found:
             return self.encode(text)
+        # The control tokens that are left are the template's own. What stands between two of them
+        # is encoded in one piece, or a stand-in would tear words apart.
+        stand_in = re.compile(f"\ue000{mark}:(\\d+)\ue001")
         ids: list[int] = []
-        for i, part in enumerate(re.split(f"\ue000{mark}:(\\d+)\ue001", text)):
-            content = i % 2 == 1
-            ids += self.encode(found[int(part)] if content else part, parse_special=not content)
-        return ids
+        parts, kept = re.split(f"({control.pattern})", text), ""
+        for i, part in enumerate(parts):
+            plain = stand_in.sub(lambda m: found[int(m[1])], part)
+            if plain == part:
+                kept += part
+                continue
+            if i and flags[parts[i - 1]].rstrip:  # a control token that takes spaces beside it
+                plain = plain.lstrip()
+            if i + 1 < len(parts) and flags[parts[i + 1]].lstrip:
+                plain = plain.rstrip()
+            ids += self.encode(kept) if kept else []
+            ids += self.encode(plain, parse_special=False)
+            kept = ""
+        return ids + (self.encode(kept) if kept else [])
 
     # Files ------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:

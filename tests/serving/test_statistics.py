@@ -1,0 +1,79 @@
+"""Histograms and counters, and how they become metrics of a server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_triton import FakeTriton
+
+from trt_razor.serving.models.metrics import Metrics
+from trt_razor.serving.statistics import OUTCOMES, Histogram, Statistics
+
+
+def test_histogram_counts_up_to_each_bound() -> None:
+    h = Histogram((0.1, 1.0))
+    for x in (0.05, 0.1, 0.5, 1.0, 7.0):
+        h.observe(x)
+    assert h.cumulative() == [2, 4, 5]
+    assert h.sum == pytest.approx(8.65)
+
+
+LABELS = {"model": "tensorrt_llm", "version": "1"}
+
+
+def test_metrics_follow_the_statistics() -> None:
+    triton = FakeTriton()
+    s = Statistics(slots_total=4, kv_bytes_allocated=1000)
+    metrics = Metrics(triton, s, LABELS)
+    metrics.publish()
+    assert triton.metric("slots_total") == 4
+    assert triton.metric("kv_cache_bytes_allocated") == 1000
+    assert {triton.metric("requests_total", outcome=o) for o in OUTCOMES} == {0}
+    s.slots_active, s.queue_length, s.kv_bytes_used = 2, 7, 333
+    s.prompt_tokens, s.generated_tokens = 10, 20
+    s.count_request("stop")
+    s.count_request("stop")
+    s.count_request("rejected")
+    for x in (0.004, 0.3, 1000.0):
+        s.time_to_first_token.observe(x)
+    calls = triton.calls
+    metrics.publish()
+    assert [triton.metric(n) for n in ("slots_active", "queue_length", "kv_cache_bytes_used")] == [
+        2, 7, 333,
+    ]  # fmt: skip
+    assert triton.metric("prompt_tokens_total") == 10
+    assert triton.metric("generated_tokens_total") == 20
+    assert triton.metric("requests_total", outcome="stop") == 2
+    assert triton.metric("requests_total", outcome="rejected") == 1
+    name = "time_to_first_token_seconds"
+    assert triton.metric(f"{name}_count") == 3
+    assert triton.metric(f"{name}_sum") == pytest.approx(1000.304)
+    assert triton.metric(f"{name}_bucket", le="0.005") == 1
+    assert triton.metric(f"{name}_bucket", le="0.5") == 2
+    assert triton.metric(f"{name}_bucket", le="+Inf") == 3
+    # What has not changed costs no call: each crosses a process border.
+    changed = triton.calls - calls
+    metrics.publish()
+    assert triton.calls == calls + changed
+
+
+def test_a_reload_goes_on_counting_and_unloading_clears_gauges() -> None:
+    triton = FakeTriton()
+    for _ in range(2):
+        s = Statistics(4, 1000)
+        metrics = Metrics(triton, s, LABELS)
+        s.slots_active = 3
+        s.generated_tokens = 5
+        s.inter_token.observe(0.02)
+        metrics.publish()
+        assert triton.metric("slots_active") == 3
+        s.clear_gauges()
+        metrics.publish()
+        gauges = ["slots_active", "slots_total", "queue_length", "kv_cache_bytes_used"]
+        assert [triton.metric(n) for n in (*gauges, "kv_cache_bytes_allocated")] == [0] * 5
+    assert triton.metric("generated_tokens_total") == 10
+    assert triton.metric("inter_token_seconds_count") == 2

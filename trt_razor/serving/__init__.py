@@ -1,0 +1,1 @@
+"""Serving with Triton Inference Server: model repositories and the models inside them."""
