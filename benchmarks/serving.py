@@ -29,9 +29,10 @@ from serving_grid import STREAMS, Benchmark
 from serving_load import GenaiPerf, PerfAnalyzer, find_genai_perf, find_perf_analyzer
 from serving_probe import PromptMaker
 from serving_report import draw, markdown
-from serving_servers import at_urls, fit_together, server_version, start
+from serving_servers import at_urls, fit_together, package_versions, server_version, start
 
 from engines import machine
+from trt_razor import __version__
 from trt_razor.cli_arguments import Parser, model_arguments, policy_arguments
 from trt_razor.console import Bars, guarded, say
 from trt_razor.engine import Engine
@@ -40,15 +41,18 @@ from trt_razor.models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = (
-    "{tool}; median (lowest – highest) of {rounds} rounds{turns}, with {requests} requests each. Every "
-    "prompt is other random words of exactly that many tokens; answers are greedy, streamed by model "
-    "{model} over gRPC, and of a fixed length. {meaning}KV bytes are the highest that the server's "
-    "metrics showed (TensorRT-LLM: what its sequences at a time need)."
+    "Median (lowest – highest) of {rounds} round{s}{turns}, with {requests} requests each. Every prompt is "
+    "other random words of exactly that many tokens; answers are greedy, streamed by model {model} over "
+    "gRPC, and of a fixed length. {meaning} {kv}"
 )
+KV = {
+    "metrics": "KV bytes used are the highest that the server's metrics showed.",
+    "engine": "KV bytes used are what the sequences at a time need at their full length.",
+}
 MEANING = {
-    "perf_analyzer": "First token is the first response; between tokens are all gaps between responses. ",
+    "perf_analyzer": "First token is the first response; between tokens are all gaps between responses.",
     "genai-perf": "Figures are genai-perf's own: tokens are the texts tokenised again, times between "
-    "tokens averages of a request each. ",
+    "tokens averages of a request each.",
 }
 
 
@@ -244,21 +248,27 @@ def document(
     manifest = bench.manifests.get("razor")
     backend = manifest.backend if manifest else "servers at URLs"
     tool = f"{bench.tool.name} {bench.tool.version}"
+    made = [f"trt_razor {__version__}", f"server {version}", tool]
+    if manifest and not args.urls:
+        made[1:1] = package_versions(args.python, backend)
     counts = sorted({c.requests(args.requests) for c in bench.grid}) or [0]
-    about = {
-        "tool": tool, "rounds": args.rounds, "model": args.served_model, "meaning": MEANING[bench.tool.name],
-        "turns": " in which both engines took turns" if turns else "",
-        "requests": str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}",
-    }  # fmt: skip
-    packages = (
-        latency.versions(backend) if manifest else latency.versions("onnxruntime").split(", ")[0]
+    rows = bench.rows()
+    sources = {row[k]["kv"]["source"] for row in rows for k in args.kinds if k in row}
+    method = METHOD.format(
+        rounds=args.rounds,
+        s="s" if args.rounds > 1 else "",
+        turns=" in which both engines took turns" if turns else "",
+        requests=str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}",
+        model=args.served_model,
+        meaning=MEANING[bench.tool.name],
+        kv=" ".join(KV[source] for source in sorted(sources)),
     )
     return {
         "schema": 1,
         "model": manifest.spec.name if manifest else args.served_model,
         "backend": backend,
-        "machine": {"gpu": gpu, "driver": driver, "cpu": machine(), "versions": f"{packages}, server {version}, {tool}"},
-        "method": METHOD.format(**about),
+        "machine": {"gpu": gpu, "driver": driver, "cpu": machine(), "versions": ", ".join(made)},
+        "method": method,
         "kinds": args.kinds,
         "turns": turns,
         "engines": {
@@ -270,7 +280,7 @@ def document(
             }
             for kind, m in bench.manifests.items()
         },
-        "rows": bench.rows(),
+        "rows": rows,
         "probe": bench.probes,
         "left_out": bench.left_out,
         "failed": bench.failed,

@@ -214,7 +214,7 @@ class Benchmark:
             late = sum(x["late"] for x in waits)
             found["waiting"] = {**lengths, "chunk": trial.chunk, "late": late, **w}
         elif waits:
-            self.failed.append(
-                f"{kind}, probe: every short prompt came after the long one was read"
+            self.left_out.append(
+                f"{kind}, short prompt beside a long one: {trial.long_tokens} tokens are read too soon"
             )
         return found

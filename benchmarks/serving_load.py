@@ -25,6 +25,8 @@ import numpy as np
 from trt_razor.errors import RazorError, UsageError
 
 TOOL_VARIABLE = "TRT_RAZOR_PERF_ANALYZER"
+PATIENCE = 5.0
+"""Seconds that a tool has to end when it is told to."""
 BUNDLED = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 """What perf_analyzer 2.51 links to, and under which names the package nvidia-pytriton has them."""
 HOW_TO_GET = (
@@ -189,11 +191,11 @@ def run_tool(
             raise RazorError(f"{name}: not done after {limit:.0f} s: {reason(log)}") from None
         finally:
             # SIGINT would let perf_analyzer finish all its requests first.
-            for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            for number in (signal.SIGTERM, signal.SIGKILL):
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(patience)
+                    process.wait(PATIENCE)
                     break
 
 

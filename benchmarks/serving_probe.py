@@ -19,6 +19,7 @@ import numpy as np
 from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.models.tokenizer import Tokenizer
 
+ENOUGH_WORDS = 100
 ANSWER_SECONDS = 600.0
 """A stream that is silent for so long has failed."""
 
@@ -40,10 +41,9 @@ class PromptMaker:
         # A word that is one token after a space, whatever it is at the beginning of a text.
         alone = len(tokenizer.encode("a b"))
         self._words = [w for w in words if len(tokenizer.encode(f"a b {w}")) == alone + 1]
-        if len(self._words) < 16:
-            raise UsageError(
-                f"tokenizer: expected 16 or more words that are one token, found {len(self._words)}"
-            )
+        self._joint = " "
+        if len(self._words) < ENOUGH_WORDS:  # a tokenizer of bytes or characters
+            self._words, self._joint = list("abcdefghijklmnopqrstuvwxyz"), ""
 
     def make(self, tokens: int, count: int) -> list[str]:
         """``count`` distinct texts of exactly ``tokens`` tokens. Raises UsageError if they fail."""
@@ -62,9 +62,10 @@ class PromptMaker:
     def _one(self, tokens: int) -> str | None:
         words = list(self._rng.choice(self._words, max(tokens, 1)))
         for _ in range(8):  # the first word may take more than one
-            over = len(self.tokenizer.encode(" ".join(words))) - tokens
+            text = self._joint.join(words)
+            over = len(self.tokenizer.encode(text)) - tokens
             if over == 0:
-                return " ".join(words)
+                return text
             words = words[:-over] if over > 0 else [*words, *self._rng.choice(self._words, -over)]
             if not words:
                 return None

@@ -191,3 +191,25 @@ def server_version(url: str) -> str:
         raise RazorError(f"{url}: no Triton server answers over gRPC: {e.message()}") from None
     finally:
         client.close()
+
+
+def package_versions(python: Path | None, backend: str) -> list[str]:
+    """What runs the engines, in the Python that runs the models: ``onnxruntime 1.27.0`` …"""
+    packages = {
+        "onnxruntime": ("onnxruntime",),
+        "tensorrt-llm": ("tensorrt_llm", "tensorrt"),
+        "tensorrt": ("tensorrt",),
+        "tensorrt-rtx": ("tensorrt-rtx",),
+    }
+    code = (
+        "import sys\nfrom importlib import metadata\nfor name in sys.argv[1:]:\n"
+        "    try:\n        print(name, metadata.version(name))\n"
+        "    except metadata.PackageNotFoundError:\n        pass"
+    )
+    with suppress(OSError, subprocess.SubprocessError, RazorError):
+        facts = find_server(python).python
+        if facts is not None:
+            command = [str(facts.executable), "-c", code, *packages.get(backend, ())]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            return said.stdout.splitlines()
+    return []

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trt_razor.serving.server import TritonServer
 
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 1.0
 """How often a running server is looked at."""
 _NOT_FIELDS = {"copy_engine": "copy", "max_queue_size": "queue", "verify": "no_verify"}
 """Options of a repository whose name here is another one."""
@@ -248,7 +248,9 @@ def run_serve(args: argparse.Namespace) -> int:
             say("stopping … (once more: at once)")
             code = server.stop()
             if code not in (0, None):
-                say(f"note: the server ended with exit code {code}")
+                cut = "Exit timeout expired" in server.log_text()
+                why = "requests were still running and were cut off" if cut else server.reason()
+                say(f"note: the server ended with exit code {code}: {why}")
     if stopped:
         say("stopped")
     return 0
@@ -315,6 +317,7 @@ def _write(args: argparse.Namespace, target: _Target, stack: ExitStack) -> Path:
     from dataclasses import replace
 
     from trt_razor.serving.repository import write_repository
+    from trt_razor.serving.server import safe_temporary
 
     assert target.engine is not None
     options = _options(args)
@@ -322,7 +325,9 @@ def _write(args: argparse.Namespace, target: _Target, stack: ExitStack) -> Path:
         options = replace(options, prompt_format="chat" if target.template else "raw")
     folder = args.repository
     if folder is None:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="trt_razor_serve_"))
+        temporary = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="trt_razor_serve_", dir=safe_temporary())
+        )
         folder = Path(temporary) / "model_repository"
     with Bars() as bars:
         return write_repository(target.engine, folder, options, bars)
@@ -417,7 +422,9 @@ def _watch(server: TritonServer, stubs: dict[int, str]) -> None:
     """
     while server.alive:
         time.sleep(LOOK_SECONDS)
-        gone = [name for pid, name in stubs.items() if not Path(f"/proc/{pid}").exists()]
+        # One that was killed stays in the list of processes, without a command line.
+        alive = server.stubs() if stubs else {}
+        gone = [name for pid, name in stubs.items() if pid not in alive]
         if gone and server.alive:
             with _log_shown(server):
                 raise RazorError(

@@ -22,7 +22,8 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 = all.
         top_p: keep the smallest set of tokens whose probability reaches p (0 < p <= 1).
         seed: of this request's own random numbers; the same seed gives the same tokens whatever
-            else runs beside it. None = a fresh one.
+            else runs beside it, as far as the runtime rounds alike in batches of other shapes.
+            None = a fresh one.
         stop: texts that end generation; they are not part of the output.
         stop_token_ids: ids that end generation, besides the model's own.
         stop_sequences: sequences of ids that end generation; they stay in ``Completion.tokens``.
@@ -187,29 +188,33 @@ def sample(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator)
         return int(scores.argmax())
     keep = np.arange(len(scores))
     if 0 < params.top_k < len(scores):
-        limit = np.partition(scores, -params.top_k)[-params.top_k]
-        above, at = np.flatnonzero(scores > limit), np.flatnonzero(scores == limit)
-        keep = np.sort(np.concatenate([above, at[: params.top_k - len(above)]]))
+        keep = _largest(scores, params.top_k)
     with np.errstate(over="ignore"):  # a tiny temperature: the others become impossible
         p = np.exp((scores[keep] - top) / params.temperature)
     if params.top_p < 1:
-        order = _most_likely(p, params.top_p)
-        keep, p = keep[order], p[order]
+        inside = _largest(p, _nucleus(p, params.top_p))
+        keep, p = keep[inside], p[inside]
     mass = np.cumsum(p)
     drawn = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
     return int(keep[min(drawn, len(keep) - 1)])
 
 
-def _most_likely(p: np.ndarray, share: float) -> np.ndarray:
-    """Places of the largest p [n], in falling order, that first reach a share of their sum."""
-    target, count = share * p.sum(), 256
-    while True:
-        # Sorting a whole vocabulary costs milliseconds; a few hundred tokens are mostly enough.
-        first = np.arange(len(p))
-        if count < len(p):
-            first = np.flatnonzero(p >= np.partition(p, -count)[-count])
-        order = first[np.argsort(-p[first], kind="stable")]
-        reached = int(np.searchsorted(np.cumsum(p[order]), target))
-        if reached < len(order) or count >= len(p):
-            return order[: reached + 1]
-        count *= 8
+def _largest(x: np.ndarray, count: int) -> np.ndarray:
+    """Places of the ``count`` largest numbers of x [n], rising; of equal ones the first."""
+    if count >= len(x):
+        return np.arange(len(x))
+    limit = np.partition(x, -count)[-count]
+    above, at = np.flatnonzero(x > limit), np.flatnonzero(x == limit)
+    return np.sort(np.concatenate([above, at[: count - len(above)]]))
+
+
+def _nucleus(p: np.ndarray, share: float) -> int:
+    """How many of the largest p [n] it takes to reach a share of their sum."""
+    target = share * p.sum()
+    # Sorting a whole vocabulary costs milliseconds; the likeliest few are mostly enough.
+    for count in (256, 4096, len(p)):
+        likely = p if count >= len(p) else np.partition(p, -count)[-count:]
+        mass = np.cumsum(np.sort(likely)[::-1])
+        if mass[-1] >= target:
+            break
+    return min(int(np.searchsorted(mass, target)) + 1, len(mass))

@@ -213,6 +213,84 @@ def test_templates_that_fail_or_reach_out(template: str, words: str) -> None:
     assert "\n" not in str(e.value)
 
 
+SPECIAL_TURNS = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+CHATS = {
+    kind: Tokenizer(source, NAMED, 257, (258,), SPECIAL_TURNS, kind)
+    for kind, source in (("byte level", byte_level_json()), ("sentencepiece", sentencepiece_json()))
+}
+CONTENT = st.lists(
+    st.sampled_from(["<s>", "</s>", "</", "s>", "<think>", " ", "th", "é", "\ue000", "0:1"]),
+    max_size=6,
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(CONTENT, min_size=1, max_size=3), st.sampled_from(sorted(CHATS)))
+def test_nobody_can_end_his_turn(contents: list[str], kind: str) -> None:
+    t = CHATS[kind]
+    ids = t.encode_chat([{"role": "user", "content": c} for c in contents])
+    expected: list[int] = []
+    for content in contents:
+        said = t.encode(f"user: {content}", parse_special=False)
+        expected += [*t.encode("<s>"), *said, *t.encode("</s>")]
+    assert ids == [*expected, *t.encode("<s>assistant: ")]
+
+
+@pytest.mark.parametrize("kind", sorted(CHATS))
+def test_a_harmless_chat_is_encoded_as_its_text(kind: str) -> None:
+    t = CHATS[kind]
+    talk = [{"role": "user", "content": "the é 🎉"}, {"role": "assistant", "content": " a\n"}]
+    for more in (True, False):
+        assert t.encode_chat(talk, more) == t.encode(t.chat(talk, more))
+
+
+def test_control_tokens_deep_inside_a_message() -> None:
+    template = "{{ messages[0].parts[0].text }}{{ messages[0]['calls']['x'] }}</s>"
+    t = Tokenizer(byte_level_json(), NAMED, None, (), template, "t")
+    ids = t.encode_chat([{"parts": [{"text": "a</s>"}], "calls": {"x": "<s>"}, "n": 1}])
+    assert ids == [*t.encode("a</s><s>", parse_special=False), 258]
+
+
+def test_control_tokens_that_take_the_spaces_beside_them() -> None:
+    data = json.loads(byte_level_json())
+    for token in data["added_tokens"]:
+        if token["special"]:
+            token["rstrip" if token["content"] == "<s>" else "lstrip"] = True
+    t = Tokenizer(json.dumps(data), NAMED, None, (), "<s>\n{{ messages[0].content }}\n</s>", "t")
+    harmless = t.encode_chat([{"content": "ab"}])
+    assert harmless == [257, *t.encode("ab"), 258]
+    assert t.encode_chat([{"content": "a</s>b"}]) == [
+        257,
+        *t.encode("a</s>b", parse_special=False),
+        258,
+    ]
+
+
+def test_a_tokenizer_without_control_tokens_chats() -> None:
+    data = json.loads(byte_level_json())
+    data["added_tokens"] = [t for t in data["added_tokens"] if not t["special"]]
+    data["post_processor"] = None
+    t = Tokenizer(json.dumps(data), {}, None, (), SPECIAL_TURNS, "t")
+    assert t.decode(t.encode_chat([{"role": "user", "content": "</s>"}], False)) == (
+        "<s>user: </s></s>"
+    )
+
+
+def test_encode_chat_without_a_template() -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        SENTENCEPIECE.encode_chat([{"role": "user", "content": "</s>"}])
+
+
+def test_named_ids() -> None:
+    assert BYTE_LEVEL.named_id("eos_token") == 258
+    assert BYTE_LEVEL.named_id("pad_token") is None
+    odd = Tokenizer(byte_level_json(), {"pad_token": "<none>"}, None, (), None, "t")
+    assert odd.named_id("pad_token") is None
+
+
 # Files --------------------------------------------------------------------------------------
 
 

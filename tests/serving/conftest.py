@@ -67,12 +67,12 @@ def repository(serving_engine: Engine, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def start_server(triton_python: Path) -> Callable[..., AbstractContextManager[serving_server.Server]]:
+def start_server(
+    triton_python: Path,
+) -> Callable[..., AbstractContextManager[serving_server.Server]]:
     """``with start_server(repository, …) as server``: a server of the test's own."""
 
-    def start(
-        repository: Path, **options: Any
-    ) -> AbstractContextManager[serving_server.Server]:
+    def start(repository: Path, **options: Any) -> AbstractContextManager[serving_server.Server]:
         return serving_server.running(repository, triton_python, **options)
 
     return start

@@ -208,7 +208,7 @@ class _EngineCall:
 
         got: queue.Queue[Any] = queue.Queue()
         with grpc.InferenceServerClient(self.url) as client:
-            client.start_stream(callback=lambda r, e: got.put(r if e is None else e))
+            client.start_stream(callback=lambda result, error: got.put(error or result))
             client.async_stream_infer(
                 self.model, self.inputs, outputs=self.outputs, request_id=self.request_id
             )
@@ -363,7 +363,7 @@ def _text_stream(
 
     got: queue.Queue[Any] = queue.Queue()
     with grpc.InferenceServerClient(url) as client:
-        client.start_stream(callback=lambda r, e: got.put(r if e is None else e))
+        client.start_stream(callback=lambda result, error: got.put(error or result))
         client.async_stream_infer(
             model,
             [tensor(n, v) for n, v in row.items()],

@@ -106,7 +106,7 @@ def _perf_stream(url: str, row: Mapping[str, Any]) -> list[str]:
     got: queue.Queue[Any] = queue.Queue()
     texts = []
     with grpc.InferenceServerClient(url) as client:
-        client.start_stream(callback=lambda r, e: got.put(r if e is None else e))
+        client.start_stream(callback=lambda result, error: got.put(error or result))
         client.async_stream_infer(
             "ensemble", [tensor(n, v) for n, v in row.items()], enable_empty_final_response=True
         )

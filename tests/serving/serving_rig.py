@@ -76,7 +76,10 @@ def generate_stream(
     connection = http.client.HTTPConnection(url, timeout=timeout)
     try:
         connection.request(
-            "POST", f"/v2/models/{model}/generate_stream", data, {"Content-Type": "application/json"}
+            "POST",
+            f"/v2/models/{model}/generate_stream",
+            data,
+            {"Content-Type": "application/json"},
         )
         answer = connection.getresponse()
         if answer.status != 200:
@@ -281,7 +284,9 @@ class Metrics:
 
     @property
     def idle(self) -> bool:
-        return all(self(name) == 0 for name in ("slots_active", "queue_length", "kv_cache_bytes_used"))
+        return all(
+            self(name) == 0 for name in ("slots_active", "queue_length", "kv_cache_bytes_used")
+        )
 
 
 def wait_until(condition: Any, what: str, timeout: float = 20.0) -> None:

@@ -24,7 +24,7 @@ GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), s
 
 
 def write(engine: Engine, output: Path, **options: Any) -> Path:
-    """The repository of an engine, with a queue of 64."""
+    """The repository of an engine."""
     return write_repository(engine.directory, output, RepositoryOptions(**options))
 
 
@@ -69,18 +69,21 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    repository: Path, python: Path, timeout: float = 60.0, **options: Any
+    repository: Path, python: Path, stop_after: float = 15.0, **options: Any
 ) -> Iterator[Server]:
-    """A server over a repository, ready; stopped in the end."""
+    """A server over a repository, ready; told to stop in the end, killed after so many seconds.
+
+    ``options``: of TritonServer.
+    """
     triton = TritonServer(repository, find_server(python), **options)
     triton.start()
     try:
         assert triton.process is not None
         with guarded(triton.process.pid):
-            triton.wait_ready(timeout)
+            triton.wait_ready(60)
             yield Server(triton)
     finally:
-        triton.stop(15)
+        triton.stop(stop_after)
 
 
 @contextlib.contextmanager

@@ -210,7 +210,9 @@ def test_bad_ones_among_good_ones(server: Server, reference: Reference) -> None:
 
     assert rig.in_parallel(4, work) == [good.text] * 3 + [""]
     after = rig.wait_idle(server.metrics)
-    assert after("requests_total", outcome="error") == before("requests_total", outcome="error") + 20
+    assert (
+        after("requests_total", outcome="error") == before("requests_total", outcome="error") + 20
+    )
 
 
 def test_error_in_the_middle_of_a_stream(server: Server, reference: Reference) -> None:

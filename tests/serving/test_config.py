@@ -98,6 +98,8 @@ def test_what_is_not_said_is_not_written() -> None:
     assert not m.parameters
     empty_block = dataclasses.replace(bare, max_batch_size=1, dynamic_batching=DynamicBatching())
     assert parsed(empty_block).HasField("dynamic_batching")
+    sizes = dataclasses.replace(bare, max_batch_size=1, dynamic_batching=DynamicBatching((1,)))
+    assert parsed(sizes).dynamic_batching.max_queue_delay_microseconds == 0
 
 
 def test_text_of_an_ensemble() -> None:
@@ -128,6 +130,7 @@ NASTY = [
     "Grüße/模型/🙂",
     "line\nend\r\ttab",
     "\x01\x1f\x7f\x85\u2028\u2029 controls",
+    "\x0b\x0c\x1c\x1d\x1e line ends of Python",
     "\\x41 \\101 \\u0041",
     "# not a comment",
     "} ] { [",
@@ -182,6 +185,10 @@ def test_any_string_survives(value: str) -> None:
         (
             {"name": "a b"},
             "config of model 'a b': expected a name of letters, digits, '_', '-' and '.'; found 'a b'",
+        ),
+        (
+            {"name": 5},
+            "config of model 5: expected a name of letters, digits, '_', '-' and '.'; found 5",
         ),
         (
             {"name": ".."},
@@ -309,6 +316,8 @@ def test_settings_reach_the_files() -> None:
     assert engine["max_tokens_in_paged_kv_cache"] == "8192"
     assert engine["sink_token_length"] == ""
     assert engine["exclude_input_in_output"] == "false"
+    bls_default = dict(models["tensorrt_llm_bls"].parameters)["exclude_input_in_output"]
+    assert bls_default == "false"
     assert "EXECUTION_ENV_PATH" not in engine  # the stock backend is no Python model
     before = dict(models["preprocessing"].parameters)
     assert (before["tokenizer_dir"], before["prompt_format"]) == ("/tokenizer", "chat")
@@ -326,6 +335,14 @@ def test_settings_reach_the_files() -> None:
     )
     assert models["tensorrt_llm"].dynamic_batching == DynamicBatching((6,), 50, 9)
     assert models["preprocessing"].dynamic_batching == DynamicBatching((6,), 50, 9)
+
+
+def test_the_bls_model_echoes_the_prompt_as_the_engine_does() -> None:
+    """Also where the engine's parameter is given by itself."""
+    settings = TrtllmSettings("/engine", parameters={"exclude_input_in_output": False})
+    models = {c.name: dict(c.parameters) for c in trtllm_configs(settings)}
+    assert models["tensorrt_llm"]["exclude_input_in_output"] == "false"
+    assert models["tensorrt_llm_bls"]["exclude_input_in_output"] == "false"
 
 
 def test_settings_of_our_own_engines_reach_the_file() -> None:

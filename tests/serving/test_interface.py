@@ -42,11 +42,17 @@ ADDED["own"] = {
     ("ensemble", "outputs"): FACTS,
     ("tensorrt_llm_bls", "outputs"): FACTS,
 }
-BLS_PARAMETERS = {"text_from_engine", "tokenizer_dir", "skip_special_tokens"}
+PREPROCESSING_PARAMETERS = {"prompt_format", "vocab_size"}
+BLS_PARAMETERS = {
+    "text_from_engine",
+    "exclude_input_in_output",
+    "tokenizer_dir",
+    "skip_special_tokens",
+}
 ADDED_PARAMETERS: dict[str, dict[str, set[str]]] = {
-    "trtllm": {"preprocessing": {"prompt_format"}, "tensorrt_llm_bls": BLS_PARAMETERS},
+    "trtllm": {"preprocessing": PREPROCESSING_PARAMETERS, "tensorrt_llm_bls": BLS_PARAMETERS},
     "own": {
-        "preprocessing": {"prompt_format"},
+        "preprocessing": PREPROCESSING_PARAMETERS,
         "tensorrt_llm_bls": BLS_PARAMETERS,
         "tensorrt_llm": {
             "slots",

@@ -150,6 +150,12 @@ LEFT_OPEN = "expected a value, found the placeholder '${}'"
             "found '0,a;1'",
         ),
         (
+            "participant_ids",
+            "1,2147483648",
+            "expected lists of whole numbers: ',' inside a list, ';' between lists, or nothing, "
+            "found '1,2147483648'",
+        ),
+        (
             "medusa_choices",
             "{0}, 1}",
             "expected lists of whole numbers in braces, such as {0, 0}, {0, 1}, or nothing, "
@@ -194,7 +200,7 @@ def test_good_values(name: str, value: Any, text: str) -> None:
         (
             {"max_attention_windows": 4},
             "model 'tensorrt_llm': unknown parameter 'max_attention_windows'; did you mean "
-            "max_attention_window_size?",
+            "max_attention_window_size or max_beam_width?",
         ),
         (
             {"enable_trt_overlap": "true"},
@@ -299,6 +305,16 @@ def test_public_parameters_that_do_not_apply_to_our_own_engines() -> None:
         "num_nodes": "1",
         "decoding_mode": "top_k_top_p",
     }
+
+
+def test_a_number_of_any_length_is_a_problem_and_no_crash() -> None:
+    values = fill("tensorrt_llm", True, {"gpt_model_path": "1/engine"})
+    for digits in ("9" * 5000, "9" * 21, "4" * 11):
+        found = list(problems("tensorrt_llm", True, {**values, "slots": digits}))
+        assert found == [
+            "parameter 'slots': expected a whole number from 1 to 2147483647, or nothing, "
+            f"found {digits!r:.80}"
+        ]
 
 
 def test_missing_parameters_are_problems() -> None:

@@ -229,7 +229,9 @@ def test_prompt_format(server: Server, reference: Reference, model: str, way: st
     assert (EOS_ID in ids["raw"]) and ids["chat"].count(EOS_ID) == 1
     expected = reference.run(ids[way], **BASE)
     assert len({reference.run(x, **BASE).text for x in ids.values()}) == 3
-    json_text = '[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi </s> there"}]'
+    json_text = (
+        '[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi </s> there"}]'
+    )
     values = {k: BASE[k] for k in ("temperature", "top_k", "seed")}
     body = {"text_input": json_text if way == "messages" else text, "prompt_format": way}
     answer = rig.generate(server.http, model, {**body, "max_tokens": 48, **values})

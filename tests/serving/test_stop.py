@@ -73,6 +73,4 @@ def test_stop_does_not_wait_for_ever(
 def endless(server: Server, reference: Reference) -> rig.Stream:
     """Prompts that take long to read and answers up to the capacity."""
     ids = reference.tokenizer.encode("endless")
-    return rig.Stream(
-        server.grpc, "tensorrt_llm", rig.direct(ids, 4000, end_id=-1, streaming=True)
-    )
+    return rig.Stream(server.grpc, "tensorrt_llm", rig.direct(ids, 4000, end_id=-1, streaming=True))

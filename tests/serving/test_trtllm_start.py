@@ -148,9 +148,7 @@ def test_razor_engine_moved_with_its_repository(
         assert b"LD_PRELOAD" not in maps
 
 
-def test_two_ranks(
-    triton_python: Path, trtllm_engines: trtllm_rig.Engines, tmp_path: Path
-) -> None:
+def test_two_ranks(triton_python: Path, trtllm_engines: trtllm_rig.Engines, tmp_path: Path) -> None:
     engine = trtllm_engines("two-ranks")
     repository = trtllm_rig.repository_of(engine, tmp_path / "models")
     preload = trtllm_engines.preload("two-ranks")
@@ -161,7 +159,8 @@ def test_two_ranks(
             assert (record["rank"], record["world_size"]) == (rank, 2)
             assert record["preloaded"] == str(preload)
         leader, other = server.commands
-        assert "--load-model=tensorrt_llm" in other and "--load-model=tensorrt_llm" not in leader
+        assert "--load-model=tensorrt_llm" in other
+        assert "--load-model=tensorrt_llm" not in leader
         # Shared memory of two servers on one machine must not meet.
         names = [a.partition("shm-region-prefix-name=")[2] for c in (leader, other) for a in c]
         assert len({n for n in names if n}) == 2

@@ -52,9 +52,7 @@ def trtllm_unary_server(
     """One with state slots (1.2) that is not decoupled, and gives the prompt back by default."""
     folder = tmp_path_factory.mktemp("trtllm-unary")
     options = {"decoupled": False, "exclude_input_in_output": False, "copy_engine": True}
-    repository = trtllm_rig.repository_of(
-        trtllm_engines("slots"), folder / "models", **options
-    )
+    repository = trtllm_rig.repository_of(trtllm_engines("slots"), folder / "models", **options)
     preload = trtllm_engines.preload("slots")
     with trtllm_rig.serving(repository, triton_python, folder, preload) as server:
         yield server

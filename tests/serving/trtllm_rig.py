@@ -136,7 +136,9 @@ def serving(
 
 def backends_folder(folder: Path, binary: ServerBinary) -> tuple[Path, dict[str, str]]:
     """Backends as an image has them, in one folder, and the variables its server needs."""
-    assert binary.backends is not None and binary.stub is not None and binary.python is not None
+    assert binary.backends is not None
+    assert binary.stub is not None
+    assert binary.python is not None
     shutil.copytree(binary.backends / "python", folder / "python")
     stub = folder / "python" / binary.stub.name
     stub.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
 def check_repository(folder: Path, elsewhere: str | None = None) -> list[str]:
-    """What is wrong with a repository of the five models, one line each; empty = nothing.
+    """What is wrong with a repository of ours, one line each; empty = nothing.
 
     Args:
         elsewhere: absolute paths that begin with this folder are those of another machine (of a
@@ -35,16 +35,19 @@ def check_repository(folder: Path, elsewhere: str | None = None) -> list[str]:
 
     Raises:
         UsageError: no such folder.
+        RazorError: a folder that cannot be listed.
         MissingExtra: without the packages of the extra ``triton``.
     """
     schema = _schema()
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected the folder of a model repository, found none")
     root = Path(os.path.realpath(folder))
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    names = [name for name in _folders(root) if not name.startswith(".")]
     if len(names) > MAX_MODELS:
         return [f"{folder}: expected at most {MAX_MODELS} models, found {len(names)} folders"]
-    findings = [f"model {name!r} is missing" for name in MODELS if name not in names]
+    # tensorrt_llm alone is whole too: ids in, ids out, for an engine without a tokenizer.
+    wanted = () if names == ["tensorrt_llm"] else MODELS
+    findings = [f"model {name!r} is missing" for name in wanted if name not in names]
     configs = []
     for name in names:
         config, problems = _read(root, name, schema)
@@ -69,6 +72,14 @@ def ensure_repository(folder: Path, elsewhere: str | None = None) -> None:
 
 
 # Files --------------------------------------------------------------------------------------------
+def _folders(path: Path) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    except OSError as e:
+        raise RazorError(f"{path}: cannot be listed: {e.strerror or e}") from None
+
+
 def _inside(root: Path, path: Path) -> str | None:
     """Why ``path`` is not something of this repository, or None."""
     real = os.path.realpath(path)
@@ -108,7 +119,7 @@ def _files(root: Path, name: str, config: ModelConfig, elsewhere: str | None) ->
 
 
 def _versions(root: Path, model: Path, config: ModelConfig) -> Iterator[str]:
-    versions = sorted(e.name for e in os.scandir(model) if e.is_dir() and e.name.isdigit())
+    versions = [name for name in _folders(model) if name.isdigit()]
     if not versions:
         yield "expected a version folder such as '1', found none"
     for version in versions:
@@ -141,7 +152,7 @@ def _named_files(
     table = PARAMETERS[is_own(config)].get(config.name, {})
     for name, value in config.parameters:
         kind = "environment" if name == ENVIRONMENT else table[name].kind if name in table else ""
-        if kind not in ("folder", "place", "file", "environment") or not value or "\0" in value:
+        if kind not in ("folder", "place", "file", "environment") or "\0" in value:
             continue
         if os.path.isabs(value):
             if elsewhere is not None and Path(value).is_relative_to(elsewhere):
@@ -165,9 +176,9 @@ def _named_files(
 
 # config.pbtxt -------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
-def _schema() -> tuple[Any, Any, Any]:
-    """text_format, the message class, and one whose maps are lists: a key that is there twice is
-    lost in a map."""
+def _schema() -> tuple[Any, Any]:
+    """text_format, and Triton's ModelConfig with lists for maps: a key that is there twice is lost
+    in a map."""
     why = "the offline check of a model repository"
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -188,13 +199,11 @@ def _schema() -> tuple[Any, Any, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     listed = message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
-    return text_format, model_config_pb2.ModelConfig, listed
+    return text_format, listed
 
 
-def _read(
-    root: Path, name: str, schema: tuple[Any, Any, Any]
-) -> tuple[ModelConfig | None, list[str]]:
-    text_format, message_class, listed_class = schema
+def _read(root: Path, name: str, schema: tuple[Any, Any]) -> tuple[ModelConfig | None, list[str]]:
+    text_format, message_class = schema
     text, problem = _text(root, root / name / "config.pbtxt", MAX_CONFIG_BYTES)
     if problem is not None:
         return None, [f"config.pbtxt: {problem}"]
@@ -203,16 +212,22 @@ def _read(
         line = text[: text.index("${")].count("\n") + 1
         findings.append(f"config.pbtxt: a placeholder (${{…}}) is left in line {line}")
     try:
-        text_format.Parse(text, message_class())
-        listed = text_format.Parse(text, listed_class())
-    except (text_format.ParseError, RecursionError) as e:
-        return None, [*findings, f"config.pbtxt: cannot be parsed: {' '.join(str(e).split())}"]
-    config = from_message(listed)
+        message = text_format.Parse(text, message_class())
+    except text_format.ParseError as e:
+        return None, [*findings, f"config.pbtxt: cannot be parsed: {_reason(e)}"]
+    config = from_message(message)
     if config.name != name:
         findings.append(
             f"config.pbtxt: expected name {name!r} as the folder's, found {config.name!r}"
         )
     return config, findings
+
+
+def _reason(e: Exception) -> str:
+    """The parser's reason and place, without the line of the file that it repeats."""
+    place, _, text = " ".join(str(e).split()).partition(" : ")
+    reason = text.split("': ", 1)[-1]
+    return f"{place}: {reason}"[:200]
 
 
 def from_message(message: Any) -> ModelConfig:

@@ -49,7 +49,7 @@ class DynamicBatching:
     """How the server's own queue hands requests to a model; ``max_queue_size`` 0 = no limit."""
 
     preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_delay_microseconds: int | None = None
+    max_queue_delay_microseconds: int = 0
     max_queue_size: int | None = None
 
 
@@ -131,23 +131,19 @@ class ModelConfig:
 
 
 def _batching(batching: DynamicBatching, where: str) -> Iterable[str]:
-    lines = []
-    if batching.preferred_batch_sizes:
-        sizes = [_integer(n, "preferred_batch_size", where) for n in batching.preferred_batch_sizes]
-        lines.append(f"  preferred_batch_size: [ {', '.join(sizes)} ]")
-    if batching.max_queue_delay_microseconds is not None:
-        delay = _integer(
-            batching.max_queue_delay_microseconds, "max_queue_delay_microseconds", where, _INT64
-        )
-        lines.append(f"  max_queue_delay_microseconds: {delay}")
-    if batching.max_queue_size is not None:
-        size = _integer(batching.max_queue_size, "max_queue_size", where)
-        lines.append(f"  default_queue_policy {{ max_queue_size: {size} }}")
-    if not lines:
+    if batching == DynamicBatching():
         yield "dynamic_batching { }"
         return
     yield "dynamic_batching {"
-    yield from lines
+    if batching.preferred_batch_sizes:
+        sizes = [_integer(n, "preferred_batch_size", where) for n in batching.preferred_batch_sizes]
+        yield f"  preferred_batch_size: [ {', '.join(sizes)} ]"
+    delay = batching.max_queue_delay_microseconds
+    key = "max_queue_delay_microseconds"
+    yield f"  {key}: {_integer(delay, key, where, _INT64)}"
+    if batching.max_queue_size is not None:
+        size = _integer(batching.max_queue_size, "max_queue_size", where)
+        yield f"  default_queue_policy {{ max_queue_size: {size} }}"
     yield "}"
 
 

@@ -30,6 +30,8 @@ class _Settings:
     Attributes:
         engine_dir: the engine (``gpt_model_path`` of ``tensorrt_llm``).
         tokenizer_dir: of preprocessing and postprocessing; relative = to each model's folder.
+        vocab_size: of the engine, which the stock backend wants an embedding_bias to have; None = the
+            tokenizer's, often smaller.
         max_batch_size: rows of the largest request.
         max_queue_delay_microseconds: how long the server waits for more requests to hand over.
         execution_env: a Python environment for the Python models; "" = the server's.
@@ -38,6 +40,7 @@ class _Settings:
 
     engine_dir: str
     tokenizer_dir: str = "1/tokenizer"
+    vocab_size: int | None = None
     max_batch_size: int = 8
     max_queue_delay_microseconds: int = 0
     prompt_format: str = "raw"
@@ -165,6 +168,7 @@ def _repository(
                 "tokenizer_dir": settings.tokenizer_dir,
                 "add_special_tokens": settings.add_special_tokens,
                 "prompt_format": settings.prompt_format,
+                "vocab_size": settings.vocab_size,
             },
             dynamic_batching=_batching(settings, max_queue_size),
             instances=settings.preprocessing_instances,
@@ -189,6 +193,7 @@ def _repository(
             parameters={
                 "accumulate_tokens": settings.accumulate_tokens,
                 "text_from_engine": own,
+                "exclude_input_in_output": engine.parameter("exclude_input_in_output"),
                 "tokenizer_dir": _beside("preprocessing", settings.tokenizer_dir),
                 "skip_special_tokens": settings.skip_special_tokens,
             },

@@ -107,6 +107,7 @@ multimodal_model_path            none?                    -
 gpt_model_path                   path?                    -
 max_num_images                   none?                    -
 prompt_format                    raw|chat|messages        raw
+vocab_size                       int>=1?                  -
 """
 _POSTPROCESSING = """
 tokenizer_dir                    folder                   !
@@ -118,6 +119,7 @@ tensorrt_llm_model_name          model                    tensorrt_llm
 tensorrt_llm_draft_model_name    none?                    -
 multimodal_encoders_name         none?                    -
 text_from_engine                 bool                     false
+exclude_input_in_output          bool                     false
 tokenizer_dir                    folder?                  -
 skip_special_tokens              bool                     true
 """
@@ -137,12 +139,12 @@ class Parameter:
     def problem(self, value: str) -> str | None:
         """'expected …, found …' for a value that it may not have, else None."""
         if "${" in value:
-            return f"expected a value, found the placeholder {value!r}"
+            return f"expected a value, found the placeholder {value!r:.80}"
         if not value:
             return None if self.empty else f"expected {self._expected()}, found nothing"
         if _fits(self.kind, value):
             return None
-        return f"expected {self._expected()}, found {value!r}"
+        return f"expected {self._expected()}, found {value!r:.80}"
 
     def _expected(self) -> str:
         kind, _, least = self.kind.partition(">=")
@@ -204,7 +206,7 @@ def _fits(kind: str, value: str) -> bool:
 
 
 def _within(digits: str, least: int, most: int) -> bool:
-    # The length first: int() of a million digits takes long.
+    # The length first: int() of thousands of digits takes long or raises.
     return len(digits) <= 20 and least <= int(digits) <= most
 
 

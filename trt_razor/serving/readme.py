@@ -237,7 +237,12 @@ The engine's checkpoint had no tokenizer, so there is one model, `tensorrt_llm`,
 
 def _settings(m: Manifest, facts: ReadmeFacts) -> str:
     if not facts.world_size:
-        return ""
+        return """
+## Settings
+
+`slots`, `max_queue_size`, `max_input_tokens` and `max_output_tokens` in `tensorrt_llm/config.pbtxt` may be lowered, and the
+queue raised; every slot costs its KV cache from the start. The rest is the engine's.
+"""
     windows = facts.windows or "unset"
     sinks = facts.sinks or "unset"
     lines = [
@@ -255,6 +260,7 @@ def _settings(m: Manifest, facts: ReadmeFacts) -> str:
         f"| `enable_chunked_context` | {'true' if m.prefill_chunk else 'false'}: as the engine was built |",
         "",
         f"`kv_cache_free_gpu_mem_fraction` ({facts.fraction}) of the memory that is free after loading goes to KV pools.",
+        "The engine is found by its absolute path (`gpt_model_path`): where that changes, write the repository again.",
     ]
     if facts.state_slots:
         lines.append(

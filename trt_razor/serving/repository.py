@@ -12,46 +12,51 @@ Layout::
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import posixpath
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from trt_razor import __version__
 from trt_razor.build_request import check_space
-from trt_razor.engine import MANIFEST, TOKENIZER_DIR, Engine
-from trt_razor.errors import RazorError, UsageError
-from trt_razor.files import CHUNK, replace_directory, write_text_atomic
-from trt_razor.models.stored import read_json
+from trt_razor.engine import TOKENIZER_DIR, Engine
+from trt_razor.errors import UsageError
+from trt_razor.files import replace_directory, write_text_atomic
 from trt_razor.models.tokenizer import Tokenizer
 from trt_razor.serving.config import ModelConfig
 from trt_razor.serving.flavours import OwnSettings, TrtllmSettings, own_configs, trtllm_configs
 from trt_razor.serving.interface import DataTypes
 from trt_razor.serving.readme import README, ReadmeFacts, readme
+from trt_razor.serving.repository_files import (
+    ENGINE_DIR,
+    MARKER,
+    TRTLLM,
+    Progress,
+    check_output,
+    copy_engine,
+    marker_text,
+    read_marker,
+    write_model,
+)
 from trt_razor.serving.start_script import START_SCRIPT, PythonNeeds, own_script, trtllm_script
-from trt_razor.serving.trtllm_repository import TrtLlmFacts, trtllm_facts, trtllm_parameters
+from trt_razor.serving.trtllm_repository import FRACTION, trtllm_facts, trtllm_parameters
 from trt_razor.serving.wiring import check_models
 
-MARKER = "trt_razor.json"
-SCHEMA = "trt_razor.repository"
-SCHEMA_VERSION = 1
-TRTLLM = "tensorrt-llm"
+__all__ = [
+    "MARKER",
+    "SAFE_PATH",
+    "Progress",
+    "RepositoryOptions",
+    "read_marker",
+    "write_repository",
+]
+
 SAFE_PATH = re.compile(r"[A-Za-z0-9_./,:=+@%~#-]+")
 """Paths of Python models: Triton hands them to a shell, unquoted, and to a Python that knows ASCII only."""
-ENGINE_DIR = "1/engine"
-"""Where a copied engine lies in the folder of its model."""
-MODULES = {
-    "tensorrt_llm": "trt_razor.serving.models.engine",
-    "preprocessing": "trt_razor.serving.models.preprocessing",
-    "postprocessing": "trt_razor.serving.models.postprocessing",
-    "tensorrt_llm_bls": "trt_razor.serving.models.bls",
-}
-"""Python models: the module that has their ``TritonPythonModel``."""
+THREADS = 160
+"""Of each Python model, at least: ``tensorrt_llm_bls`` holds one for each request that waits."""
 RUNTIMES = {
     "onnxruntime": ("onnxruntime",),
     "tensorrt": ("tensorrt", "cuda"),
@@ -66,9 +71,6 @@ _TRTLLM_ONLY = (
     "gpu_device_ids",
 )
 _OWN_ONLY = ("slots", "max_input_tokens", "max_output_tokens")
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); total 0 = unknown. ``console.Bars`` is one."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ class RepositoryOptions:
         exclude_input_in_output: default for requests that do not say.
         add_special_tokens, skip_special_tokens: of preprocessing and postprocessing.
         accumulate_tokens: ``tensorrt_llm_bls`` streams the whole text so far, not pieces.
-        max_batch_size: rows of a request, and with TensorRT-LLM sequences at a time; at most the
-            engine's.
+        max_batch_size: rows of a request; at most the engine's.
         max_queue_size: requests that may wait for a slot. 0 with TensorRT-LLM = its own default.
         preprocessing_instances, postprocessing_instances, bls_instances: copies of each model.
         slots, max_input_tokens, max_output_tokens: own engines only: sequences at a time and limits
@@ -125,7 +126,7 @@ class RepositoryOptions:
 def write_repository(
     engine: Path,
     output: Path,
-    options: RepositoryOptions = RepositoryOptions(),  # noqa: B008 (frozen)
+    options: RepositoryOptions = RepositoryOptions(),
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
     """Write the model repository of an engine directory; whole or not at all.
@@ -141,23 +142,23 @@ def write_repository(
         RazorError: a damaged engine, or a disk that cannot take the repository.
     """
     engine, output = Path(os.path.abspath(engine)), Path(os.path.abspath(output))
-    _check_output(output, engine, options.force)
-    loaded = Engine.load(
-        engine, options.verify, lambda done, total: progress("verify", done, total)
-    )
-    plan = _plan(loaded, output, options)
+    check_output(output, engine, options.force)
+    loaded = Engine.load(engine, verify=False)
+    plan = _plan(loaded, output, options)  # before minutes of reading, not after them
     if options.copy_engine:
         check_space(output, sum(f.size for f in loaded.manifest.files))
+    elif options.verify:
+        loaded = Engine.load(engine, True, lambda done, total: progress("verify", done, total))
     with replace_directory(output, "repository") as staging:
         for config in plan.configs:
-            _write_model(staging / config.name, config, loaded)
+            write_model(staging / config.name, config, loaded)
         if options.copy_engine:
-            _copy_engine(loaded, staging / "tensorrt_llm" / ENGINE_DIR, progress)
+            copy_engine(loaded, staging / "tensorrt_llm" / ENGINE_DIR, options.verify, progress)
         write_text_atomic(staging / README, plan.readme)
         write_text_atomic(staging / START_SCRIPT, plan.script)
         os.chmod(staging / START_SCRIPT, 0o755)
-        write_text_atomic(staging / MARKER, _marker(staging, loaded, options))
-        _check_output(output, engine, options.force)  # something may have come there meanwhile
+        write_text_atomic(staging / MARKER, marker_text(staging, loaded, options.copy_engine))
+        check_output(output, engine, options.force)  # something may have come there meanwhile
     return output
 
 
@@ -184,6 +185,7 @@ def _plan(engine: Engine, output: Path, options: RepositoryOptions) -> _Plan:
     shared: dict[str, Any] = {
         "engine_dir": where,
         "tokenizer_dir": f"1/{TOKENIZER_DIR}",
+        "vocab_size": engine.manifest.spec.vocab_size,
         "max_batch_size": rows,
         "prompt_format": options.prompt_format,
         "add_special_tokens": options.add_special_tokens,
@@ -202,35 +204,13 @@ def _plan(engine: Engine, output: Path, options: RepositoryOptions) -> _Plan:
         prompt_format=options.prompt_format,
         echo=not options.exclude_input_in_output,
         rows=rows,
-        queue=options.max_queue_size or 0,
+        queue=0,
     )
     needs = _python_needs(engine, tokenizer, own)
     if own:
-        settings = _own_settings(engine, options, shared)
-        configs = own_configs(settings)
-        threads = max(160, settings.slots + settings.max_queue_size + 32)
-        script = own_script(where, needs, threads, gpu=engine.manifest.backend != "onnxruntime")
-        facts = dataclasses.replace(
-            facts,
-            queue=settings.max_queue_size,
-            slots=settings.slots,
-            max_input=settings.max_input_tokens,
-            max_output=settings.max_output_tokens,
-        )
+        configs, script, facts = _own(engine, options, shared, needs, facts)
     else:
-        served = trtllm_facts(engine)
-        configs = trtllm_configs(_trtllm_settings(served, options, shared))
-        threads = max(160, engine.manifest.max_batch_size + (options.max_queue_size or 0) + 32)
-        script = trtllm_script(where, needs, threads, served.ranks)
-        facts = dataclasses.replace(
-            facts,
-            decoupled=options.decoupled,
-            world_size=served.settings.world_size,
-            state_slots=served.state_slots,
-            fraction=_parameter(configs, "kv_cache_free_gpu_mem_fraction"),
-            windows=served.windows,
-            sinks=served.sinks,
-        )
+        configs, script, facts = _trtllm(engine, options, shared, needs, facts)
     if tokenizer is None:  # the other models are about texts
         configs = [c for c in configs if c.name == "tensorrt_llm"]
     for problem in check_models(configs):
@@ -255,10 +235,6 @@ def _check_path(output: Path, options: RepositoryOptions, own: bool, engine: str
             f"{engine}: Triton's Python models find no path with letters beyond ASCII; rename the engine's "
             "folder, or copy the engine into the repository"
         )
-
-
-def _parameter(configs: Sequence[ModelConfig], name: str) -> str:
-    return next(c for c in configs if c.name == "tensorrt_llm").parameter(name) or ""
 
 
 def _check_options(
@@ -314,31 +290,64 @@ def _engine_path(engine: Engine, output: Path, options: RepositoryOptions, own: 
     return f"{(mounted or str(output)).rstrip('/')}/tensorrt_llm/{ENGINE_DIR}"
 
 
-def _own_settings(
-    engine: Engine, options: RepositoryOptions, shared: dict[str, Any]
-) -> OwnSettings:
+def _own(
+    engine: Engine,
+    options: RepositoryOptions,
+    shared: dict[str, Any],
+    needs: PythonNeeds,
+    facts: ReadmeFacts,
+) -> tuple[list[ModelConfig], str, ReadmeFacts]:
+    """Configs, start script and facts for an engine of our own."""
     m = engine.manifest
-    return OwnSettings(
+    slots = m.max_batch_size if options.slots is None else options.slots
+    queue = 64 if options.max_queue_size is None else options.max_queue_size
+    longest = options.max_input_tokens or m.max_seq_len
+    most = options.max_output_tokens or m.max_seq_len
+    settings = OwnSettings(
         **shared,
-        slots=m.max_batch_size if options.slots is None else options.slots,
-        max_queue_size=64 if options.max_queue_size is None else options.max_queue_size,
-        max_input_tokens=options.max_input_tokens or m.max_seq_len,
-        max_output_tokens=options.max_output_tokens or m.max_seq_len,
+        slots=slots,
+        max_queue_size=queue,
+        max_input_tokens=longest,
+        max_output_tokens=most,
         verify=options.verify,
     )
+    threads = max(THREADS, slots + queue + 32)
+    script = own_script(shared["engine_dir"], needs, threads, gpu=m.backend != "onnxruntime")
+    facts = dataclasses.replace(facts, queue=queue, slots=slots, max_input=longest, max_output=most)
+    return own_configs(settings), script, facts
 
 
-def _trtllm_settings(
-    served: TrtLlmFacts, options: RepositoryOptions, shared: dict[str, Any]
-) -> TrtllmSettings:
+def _trtllm(
+    engine: Engine,
+    options: RepositoryOptions,
+    shared: dict[str, Any],
+    needs: PythonNeeds,
+    facts: ReadmeFacts,
+) -> tuple[list[ModelConfig], str, ReadmeFacts]:
+    """Configs, start script and facts for an engine of TensorRT-LLM."""
+    served = trtllm_facts(engine)
+    queue = options.max_queue_size or 0
     given = {n: v for n in _TRTLLM_ONLY if (v := getattr(options, n)) is not None}
-    return TrtllmSettings(
+    settings = TrtllmSettings(
         **shared,
-        max_queue_size=options.max_queue_size or 0,
+        max_queue_size=queue,
         decoupled=options.decoupled,
         data_types=DataTypes(logits=served.logits),
         parameters=trtllm_parameters(served, **given),
     )
+    threads = max(THREADS, engine.manifest.max_batch_size + queue + 32)
+    script = trtllm_script(shared["engine_dir"], needs, threads, served.ranks)
+    fraction = given.get("kv_cache_free_gpu_mem_fraction", FRACTION)
+    facts = dataclasses.replace(
+        facts,
+        decoupled=options.decoupled,
+        world_size=served.settings.world_size,
+        state_slots=served.state_slots,
+        fraction=str(fraction),
+        windows=served.windows,
+        sinks=served.sinks,
+    )
+    return trtllm_configs(settings), script, facts
 
 
 def _python_needs(engine: Engine, tokenizer: Tokenizer | None, own: bool) -> PythonNeeds:
@@ -355,150 +364,3 @@ def _python_needs(engine: Engine, tokenizer: Tokenizer | None, own: bool) -> Pyt
         modules += RUNTIMES[engine.manifest.backend]
         extras.append(engine.manifest.backend)
     return PythonNeeds(modules, [f"trt-razor[{','.join(extras)}]"])
-
-
-# Files --------------------------------------------------------------------------------------------
-def _write_model(folder: Path, config: ModelConfig, engine: Engine) -> None:
-    write_text_atomic(folder / "config.pbtxt", config.text())
-    version = folder / "1"
-    version.mkdir()
-    if config.backend == "python":
-        write_text_atomic(version / "model.py", _shim(config.name, engine))
-    else:
-        # A version must be there, and some ways of copying leave empty folders out.
-        write_text_atomic(version / ".keep", "")
-    if config.parameter("tokenizer_dir") == f"1/{TOKENIZER_DIR}":
-        for record in engine.manifest.files:
-            if record.path.startswith(f"{TOKENIZER_DIR}/"):
-                target = version / record.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(engine.directory / record.path, target)
-        Tokenizer.load(version / TOKENIZER_DIR)
-
-
-def _shim(name: str, engine: Engine) -> str:
-    """``model.py``: the model itself is in the installed package."""
-    backend = engine.manifest.backend
-    extra = backend if name == "tensorrt_llm" else "models"
-    return f'''"""Triton model {name}, written by trt-razor; the model itself is in the package trt_razor."""
-
-import sys
-
-try:
-    from {MODULES[name]} import TritonPythonModel
-except ImportError as e:
-    raise ImportError(
-        f"model {name}: {{e}}; Python {{sys.version.split()[0]}} of {{sys.prefix}} runs it: install there "
-        "with: pip install 'trt-razor[{extra}]'"
-    ) from None
-
-__all__ = ["TritonPythonModel"]
-'''
-
-
-def _copy_engine(engine: Engine, target: Path, progress: Progress) -> None:
-    """A copy of its own: neither hard links nor what lies in the folder beside the engine's files.
-
-    Raises:
-        RazorError: a file cannot be read, or is not what the manifest says any more.
-    """
-    files = engine.manifest.files
-    total, done = sum(f.size for f in files), 0
-    progress("copy", 0, total)
-    for record in files:
-        path = target / record.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = 0
-        with open(engine.directory / record.path, "rb") as source, open(path, "wb") as sink:
-            while block := source.read(CHUNK):
-                sink.write(block)
-                size += len(block)
-                done += len(block)
-                progress("copy", done, total)
-            sink.flush()
-            os.fsync(sink.fileno())
-        if size != record.size:
-            raise RazorError(
-                f"{engine.directory / record.path}: size: expected {record.size} bytes, found {size}; it "
-                "was changed while it was copied, try again"
-            )
-    shutil.copyfile(engine.directory / MANIFEST, target / MANIFEST)
-    if Engine.load(target, verify=False).manifest != engine.manifest:
-        raise RazorError(f"{engine.directory}: was replaced while it was copied; try again")
-
-
-# What is there already ----------------------------------------------------------------------------
-def _marker(folder: Path, engine: Engine, options: RepositoryOptions) -> str:
-    m = engine.manifest
-    data = {
-        "schema": SCHEMA,
-        "version": SCHEMA_VERSION,
-        "trt_razor": __version__,
-        "flavour": "tensorrtllm" if m.backend == TRTLLM else "python",
-        "model": m.spec.name,
-        "models": sorted(p.name for p in folder.iterdir() if p.is_dir()),
-        "engine": {
-            "backend": m.backend,
-            "digest": m.to_json()["digest"],
-            "path": None if options.copy_engine else str(engine.directory),
-        },
-        "files": _files_of(folder),
-    }
-    return json.dumps(data, indent=1) + "\n"
-
-
-def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What a repository of ours says about itself; None for any other folder."""
-    try:
-        data = read_json(folder / MARKER, "the repository's description")
-    except RazorError:
-        return None
-    return data if isinstance(data, dict) and data.get("schema") == SCHEMA else None
-
-
-def _check_output(output: Path, engine: Path, force: bool) -> None:
-    """Never touch what is not a repository of ours, nor one without being told to."""
-    real, source = Path(os.path.realpath(output)), Path(os.path.realpath(engine))
-    for inner, outer in ((real, source), (source, real)):
-        if inner == outer or outer in inner.parents:
-            raise UsageError(
-                f"{output}: the engine {engine} and the repository lie in one another; choose another "
-                "--output"
-            )
-    if real == Path(os.path.realpath(os.curdir)):
-        raise UsageError(f"{output}: is the current folder; give a folder in it as --output")
-    try:
-        if not os.path.lexists(output):
-            return
-        if not output.is_dir():
-            raise UsageError(f"{output}: is a file; choose another --output")
-        if not any(output.iterdir()):
-            return
-    except OSError as e:
-        raise RazorError(f"{output}: cannot use it as --output: {e.strerror or e}") from None
-    marker = read_marker(output)
-    if marker is None:
-        raise UsageError(
-            f"{output}: exists and is not a model repository of ours, so it will not be touched; choose "
-            "another --output, or delete it yourself"
-        )
-    if not force:
-        raise UsageError(f"{output}: a model repository is already there; --force replaces it")
-    listed = marker.get("files")
-    known = {MARKER, *(listed if isinstance(listed, list) else [])}
-    foreign = [f for f in _files_of(output) if f not in known]
-    if foreign:
-        others = f" (nor are {len(foreign) - 1} others)" if len(foreign) > 1 else ""
-        raise UsageError(
-            f"{output / foreign[0]}: is not of the repository there{others}, so it will not be replaced; "
-            "move it away, or choose another --output"
-        )
-
-
-def _files_of(folder: Path) -> list[str]:
-    """POSIX paths of all files below a folder, sorted; what Python leaves beside models is nobody's."""
-    found = []
-    for at, _, names in os.walk(folder):
-        relative = [(Path(at) / n).relative_to(folder) for n in names]
-        found += [PurePosixPath(r).as_posix() for r in relative if "__pycache__" not in r.parts]
-    return sorted(found)

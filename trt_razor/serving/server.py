@@ -37,6 +37,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 _EXIT_SECONDS = 8
 """How long the server itself waits for requests that are running when it is told to stop."""
 _INSTANCE = re.compile(r"([^/]+)_\d+_\d+")
+_SAFE = re.compile(r"[A-Za-z0-9_./@%+=:,-]+")
+"""Paths that survive the shell through which the server starts the processes of Python models."""
 _AUTO = "--disable-auto-complete-config"
 
 
@@ -146,7 +148,7 @@ class TritonServer:
         """
         if self.process is not None:
             raise RazorError("the server was started already")
-        self._folder = Path(tempfile.mkdtemp(prefix="trt_razor_server_"))
+        self._folder = Path(tempfile.mkdtemp(prefix="trt_razor_server_", dir=safe_temporary()))
         if not self._inherit:
             self._said = self._log or self._folder / "server.log"
             self._said.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +290,11 @@ class TritonServer:
 
     # How it is started -----------------------------------------------------------------------------
     def _command(self, folder: Path) -> list[str]:
-        command = [str(self.binary.executable), f"--model-repository={self.repository}"]
+        repository = self.repository
+        if not _SAFE.fullmatch(str(repository)):
+            repository = folder / "repository"
+            repository.symlink_to(self.repository)
+        command = [str(self.binary.executable), f"--model-repository={repository}"]
         for name, port in self._ports.items():
             command += [f"--{name}-address={self.address}", f"--{name}-port={port}"]
         if _AUTO not in self._extra:  # the configurations are complete; asking takes a second more
@@ -337,6 +343,20 @@ class TritonServer:
         libraries.mkdir()
         (libraries / python.library.name).symlink_to(python.library)
         return libraries
+
+
+def safe_temporary() -> str | None:
+    """Where temporary folders for a server may lie; None = where they always do."""
+    usual = tempfile.gettempdir()
+    if _SAFE.fullmatch(usual):
+        return None
+    for folder in ("/tmp", "/var/tmp"):
+        if os.access(folder, os.W_OK):
+            return folder
+    raise UsageError(
+        f"{usual}: Triton needs a folder for temporary files whose path has plain letters only; name one "
+        "with TMPDIR"
+    )
 
 
 def _link_files(source: Path, target: Path) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 _HARMLESS = ("CudaDriverHelper", "pinned memory pool", "unable to create stream")
 """What every server without a GPU says."""
+# The server writes the exception's text with its line ends as \\n, and where it was raised.
+_NOT_LOADED = re.compile(
+    r"failed to load '([^']*)' version \d+: (?:[A-Z][a-z ]+: )?(?:TritonModelException: )?"
+    r"(.*?)(?:(?:\\n)*At:\\n.*)?\"?$"
+)
+_HEAD = re.compile(r"^[IWEF]\d{4} [\d:.]+ \d+ \S+\] ")
 
 
 def telling(lines: Iterable[str]) -> list[str]:
@@ -25,10 +32,17 @@ def _harmless(text: str) -> bool:
 
 
 def reason(lines: Sequence[str]) -> str:
-    """The most telling line: a model's own error before the server's summary of it."""
+    """One line: a model's own error, else the most telling line."""
     said = telling(lines)
-    for mark in ("failed to load", "failed to start", "already in use", "UNAVAILABLE"):
+    for line in said:
+        if found := _NOT_LOADED.search(line):
+            return _one_line(f"model {found[1]}: {found[2]}")
+    for mark in ("failed to start", "already in use"):
         for line in said:
             if mark in line:
-                return " ".join(line.split())[:600]
-    return " ".join(said[-1].split())[:600] if said else "it said nothing"
+                return _one_line(line)
+    return _one_line(said[-1]) if said else "it said nothing"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_HEAD.sub("", text).split())[:600]

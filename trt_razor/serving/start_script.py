@@ -28,7 +28,7 @@ _HEADER_TRTLLM = """\
 # RAZOR_PRELOAD              library that servers of Razor engines load; else that of trt_razor
 # MPIRUN, MPI_ARGS           mpirun, and options for it (hosts, -x NAME); NO_MPI=1: one rank without
 """
-_HERE = 'here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)\n'
+_HERE = 'here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)\n'
 
 
 @dataclass(frozen=True)

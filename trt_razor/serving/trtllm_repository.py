@@ -21,6 +21,8 @@ from trt_razor.trtllm.cache_settings import CacheSettings, read_settings
 from trt_razor.trtllm.options import CONFIG
 
 PLUGINS = "libtrt_razor_plugins_trt{major}.so"
+FRACTION = 0.9
+"""``kv_cache_free_gpu_mem_fraction`` unless told otherwise."""
 _LOGITS = {"float32": "FP32", "float16": "FP16"}
 
 
@@ -141,7 +143,7 @@ def check_gpu_ids(value: str, world_size: int) -> None:
 
 def trtllm_parameters(
     facts: TrtLlmFacts,
-    kv_cache_free_gpu_mem_fraction: float = 0.9,
+    kv_cache_free_gpu_mem_fraction: float = FRACTION,
     max_tokens_in_paged_kv_cache: int | None = None,
     batch_scheduler_policy: str = "guaranteed_no_evict",
     gpu_device_ids: str = "",

@@ -166,6 +166,12 @@ def _bls(models: Mapping[str, ModelConfig]) -> Iterator[str]:
             f"model {bls.name!r}: expected decoupled {_shown(bool(engine.decoupled))} as "
             f"{engine.name!r} has, found {_shown(bool(bls.decoupled))}"
         )
+    echo = "exclude_input_in_output"
+    if bls.parameter(echo) != engine.parameter(echo):
+        yield (
+            f"model {bls.name!r}: parameter {echo!r}: expected {engine.parameter(echo)!r} as "
+            f"{engine.name!r} has, found {bls.parameter(echo)!r}"
+        )
     text = any(t.name == "text_output" for t in engine.outputs)
     if bls.parameter("text_from_engine") == "true" and not text:
         yield (
@@ -206,9 +212,7 @@ def _ensemble(config: ModelConfig, models: Mapping[str, ModelConfig]) -> Iterato
         if model is config:
             yield f"{where}: an ensemble cannot be a step of itself"
             continue
-        if 0 < model.max_batch_size < config.max_batch_size or (
-            batched and not model.max_batch_size
-        ):
+        if model.max_batch_size < config.max_batch_size:
             yield (
                 f"{where}: expected a max_batch_size of at least {config.max_batch_size} "
                 f"(the ensemble's), found {model.max_batch_size}"
@@ -257,7 +261,6 @@ def _connected(
 ) -> Iterator[str]:
     """Every tensor has one source, and its ends agree. Steps may stand in any order."""
     used = {tensor for tensor, _ in uses}
-    own = {t.name for t in config.inputs}
     asked = {t.name for t in config.outputs}
     batched = config.max_batch_size > 0
     for tensor, ends in sources.items():
@@ -278,7 +281,7 @@ def _connected(
             continue
         source = sources[tensor][0]
         yield from _agree(source, end)
-        if source.tensor.optional and not end.tensor.optional and tensor in own:
+        if source.tensor.optional and not end.tensor.optional:
             yield f"{end.where} is required, but {source.where} is optional"
 
 
@@ -324,7 +327,9 @@ def _answers_alike(config: ModelConfig, models: Mapping[str, ModelConfig]) -> It
         (f"step {number} ({step.model})", [tensor for _, tensor in step.inputs])
         for number, step in enumerate(config.steps, 1)
     ]
-    for where, tensors in (*meetings, ("ensemble outputs", [t.name for t in config.outputs])):
+    known = {*origin, *(t.name for t in config.inputs)}  # the others have findings of their own
+    for where, names in (*meetings, ("ensemble outputs", [t.name for t in config.outputs])):
+        tensors = [name for name in names if name in known]
         for tensor in tensors[1:]:
             if how_often(tensor) != how_often(tensors[0]):
                 yield (

@@ -48,11 +48,13 @@ class Preprocessor:
         prompt_format: of requests that name none: ``raw`` (the text as it is, special tokens
             spelled out in it are those tokens), ``chat`` (the text is a user's message in the
             model's chat template), ``messages`` (the text is a JSON list of role and content).
+        vocab_size: of the engine; None = the tokenizer's, which may be smaller.
     """
 
     tokenizer: Tokenizer
     add_special: bool = True
     prompt_format: str = "raw"
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_format not in FORMATS:
@@ -160,7 +162,7 @@ class Preprocessor:
         )
 
     def _bias(self, inputs: Mapping[str, np.ndarray], batch: int) -> np.ndarray:
-        """What is added to the logits: [B, vocabulary], or [B, 0] without any."""
+        """What is added to the logits: [B, vocab_size], or [B, 0] without any."""
         name = "EMBEDDING_BIAS_WORDS"
         words, weights = inputs.get(name), inputs.get("EMBEDDING_BIAS_WEIGHTS")
         if words is None and weights is None:
@@ -172,7 +174,7 @@ class Preprocessor:
             )
         if not np.isfinite(weights).all():
             raise UsageError("embedding_bias_weights: expected finite numbers, found NaN or inf")
-        bias = np.zeros((batch, self.tokenizer.vocab_size), np.float32)
+        bias = np.zeros((batch, self.vocab_size or self.tokenizer.vocab_size), np.float32)
         for row in range(batch):
             texts = _texts(words, name, row, batch)
             for word, weight in zip(texts, tensors.rows(weights)[row], strict=True):
@@ -288,7 +290,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the tokenizer. Parameters: ``tokenizer_dir``, ``add_special_tokens``,
-        ``prompt_format``; ``multimodal_model_path`` must be empty."""
+        ``prompt_format``, ``vocab_size``; ``multimodal_model_path`` must be empty."""
         try:
             given = tensors.parameters(args)
             if "multimodal_model_path" in given:
@@ -297,6 +299,7 @@ class TritonPythonModel:
                 tensors.load_tokenizer(args),
                 tensors.flag(given, "add_special_tokens", True),
                 given.get("prompt_format", "raw"),
+                tensors.size(given, "vocab_size"),
             )
         except RazorError as e:
             raise tensors.load_failure(e) from None

@@ -62,6 +62,20 @@ def flag(given: Mapping[str, str], name: str, default: bool) -> bool:
     raise UsageError(f"parameter {name}: expected true or false, found '{value}'")
 
 
+def size(given: Mapping[str, str], name: str) -> int | None:
+    """A parameter that is a whole number of at least 1; None = not set.
+
+    Raises:
+        UsageError: something else.
+    """
+    value = given.get(name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and int(value) > 0):
+        raise UsageError(f"parameter {name}: expected a whole number >= 1, found '{value:.40}'")
+    return int(value)
+
+
 def model_path(args: Mapping[str, str], value: str) -> Path:
     """A path of a parameter; a relative one starts at the model's own folder."""
     return Path(args["model_repository"]) / value
@@ -159,13 +173,15 @@ def error(e: BaseException | str, code: str = "") -> Any:
     """An error for a response: one line, and a code that tells a client's mistake from ours.
 
     Args:
-        code: name of a code of ``TritonError``; by default INVALID_ARG for a ``UsageError``.
+        code: name of a code of ``TritonError``; by default the error's own ``triton_code``,
+            INVALID_ARG for a ``UsageError``, INTERNAL for others.
     """
     passed = getattr(e, "error", None)
     if isinstance(e, RazorError) and passed is not None:  # of a model behind this one
         return passed
     kind = triton().TritonError
-    code = code or ("INVALID_ARG" if isinstance(e, UsageError) else "INTERNAL")
+    default = "INVALID_ARG" if isinstance(e, UsageError) else "INTERNAL"
+    code = code or getattr(e, "triton_code", default)
     message = " ".join((str(e) or type(e).__name__).split())
     if isinstance(e, BaseException) and not isinstance(e, RazorError):
         message = f"unexpected {type(e).__name__}: {message}"

@@ -17,7 +17,7 @@ arguments=(
     --grpc-address="$address" --grpc-port="${GRPC_PORT:-8001}"
     --metrics-address="$address" --metrics-port="${METRICS_PORT:-8002}"
     --disable-auto-complete-config
-    --backend-config=python,thread-pool-size="$python_threads"
+    "--backend-config=python,thread-pool-size=$python_threads"
 )
 
 # Sets `server`; empty if there is no program of that name.
@@ -59,6 +59,8 @@ find_python() {
             fail "\$TRT_RAZOR_TRITON_PYTHON: expected a Python, found none at '$TRT_RAZOR_TRITON_PYTHON'"
         folder=$(cd -- "$(dirname -- "$python")" && pwd)
         python=$folder/${python##*/}
+        [[ -x $folder/python3 ]] ||
+            fail "$folder: expected a python3 beside ${python##*/}, for Triton takes the first of PATH; use a virtual environment"
         export PATH="$folder:$PATH"
     else
         python=$(command -v python3) || fail "python3: not found in PATH; the Python models need one"

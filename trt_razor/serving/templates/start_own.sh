@@ -24,7 +24,11 @@ def serve(python, repository, address, http, grpc, metrics, *extra):
         extra=extra, inherit=True,
     )
     with server:
-        return server.process.wait()
+        try:
+            return server.process.wait()
+        except KeyboardInterrupt:  # Ctrl-C or SIGTERM: the end that was wanted
+            pass
+    return 0
 
 sys.exit(guarded(lambda: serve(*sys.argv[1:])))' "$python" "$here" "$address" \
     "${HTTP_PORT:-8000}" "${GRPC_PORT:-8001}" "${METRICS_PORT:-8002}" --disable-auto-complete-config \

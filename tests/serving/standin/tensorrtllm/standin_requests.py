@@ -157,7 +157,10 @@ def _row(
         raise BadRequest(f"maxNewTokens: expected > 0, found {wanted}")
     bias = tensors.get("embedding_bias")
     if bias is not None and np.size(bias) not in (0, vocab_size):
-        raise BadRequest(f"embedding_bias: expected {vocab_size} values, found {np.size(bias)}")
+        raise BadRequest(
+            "The embedding bias shape is not as expected. Expected last dimension to be same as "
+            f"vocab size: {vocab_size}."
+        )
     end_id, excluded = scalar("end_id"), scalar("exclude_input_in_output")
     return Asked(
         prompt=prompt,
