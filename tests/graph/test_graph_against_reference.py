@@ -188,6 +188,9 @@ def test_reset_forgets_poison(make_spec, make_checkpoint, make_map, tmp_path):
     tokens = np.arange(20)[None]
     feed = (tokens, np.array([0]), np.array([20]), np.array([[19]]))
     clean = session.forward(1, *feed)
+    session.reset(1)
+    whole = np.arange(N_MAX)[None] % spec.vocab_size
+    session.forward(1, whole, np.array([0]), np.array([N_MAX]), np.array([[N_MAX - 1]]))
     for t in options.caches(spec):
         session.cache(t.name)[1] = np.nan
     session.reset(1)

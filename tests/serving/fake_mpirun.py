@@ -41,7 +41,7 @@ def main() -> int:
     # The leader tells the others when it ends.
     for child in children[1:]:
         try:
-            child.wait(10)
+            child.wait(30)
         except subprocess.TimeoutExpired:
             child.kill()
             print("a rank did not end with the first", file=sys.stderr)

@@ -378,6 +378,26 @@ def test_statistics_while_jobs_run_and_before_the_last_event(
     assert at_end[-1] == (0, 0)
 
 
+def test_a_loop_that_breaks_leaves_nobody_waiting(
+    make: Callable[..., EngineLoop],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    session = Gate(1)
+    loop = make(session)
+    running, waiting = Client([1]), Client([2])
+    loop.submit(running.job, waiting.job)
+    session.let(2)
+    running.wait_tokens(1)
+    monkeypatch.setattr(loop, "_admit", lambda: 1 / 0)
+    session.free.set()
+    assert [c.wait() for c in (running, waiting)] == ["error"] * 2
+    assert running.events[-1].error == "the engine has failed; load the model again"
+    with pytest.raises(LoopClosed, match="load the model again"):
+        loop.submit(Client([3]).job)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_errors_are_razor_errors() -> None:
     assert issubclass(QueueFull, RazorError)
     assert issubclass(LoopClosed, RazorError)

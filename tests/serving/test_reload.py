@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -140,7 +141,8 @@ def test_reload_under_load(loaded: Server, reference: Reference) -> None:
                 assert answer["text_output"] == expected.text
                 right += 1
             except rig.ServerError as e:
-                assert rig.re.search(GONE, e.text), e.text
+                if not re.search(GONE, e.text):
+                    raise
                 told += 1
                 time.sleep(0.02)
         return right, told
@@ -183,7 +185,7 @@ def test_killed_model(loaded: Server, reference: Reference) -> None:
     """Its requests are told so, the server lives, and loading it again brings it back."""
     os.kill(loaded.stub(), signal.SIGKILL)
     for model in ("ensemble", "tensorrt_llm_bls"):
-        with pytest.raises(rig.ServerError, match="not healthy|[Ss]tub"):
+        with pytest.raises(rig.ServerError, match="not healthy"):
             rig.generate(loaded.http, model, {"text_input": "x", "max_tokens": 2}, timeout=20)
     assert rig.get(loaded.http, "/v2/health/live") == ""
     # What is left of it never finishes unloading; the new one does not wait for that.

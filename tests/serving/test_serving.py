@@ -226,7 +226,8 @@ def test_prompt_format(server: Server, reference: Reference, model: str, way: st
         "messages": reference.tokenizer.encode_chat(messages),
         "raw": reference.tokenizer.encode(text),
     }
-    assert (EOS_ID in ids["raw"]) and ids["chat"].count(EOS_ID) == 1
+    assert EOS_ID in ids["raw"]
+    assert ids["chat"].count(EOS_ID) == 1
     expected = reference.run(ids[way], **BASE)
     assert len({reference.run(x, **BASE).text for x in ids.values()}) == 3
     json_text = (

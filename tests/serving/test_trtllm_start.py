@@ -65,7 +65,6 @@ def started(
         **({} if preload is None else {"RAZOR_PRELOAD": str(preload)}),
         **variables,
     }
-    before = set(Path("/dev/shm").glob("prefix*"))
     log = folder / "log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -81,10 +80,12 @@ def started(
             url = f"127.0.0.1:{http}"
             rig.wait_until(lambda: _ready(url, process, log), "ready", rig.LONG)
             yield Started(url, folder, process)
+            regions = _regions(process.pid)
+            assert len(regions) >= 4, regions
             process.send_signal(signal.SIGTERM)
-            assert process.wait(40) == 0, log.read_text()[-2000:]
+            assert process.wait(rig.LONG) == 0, log.read_text()[-2000:]
             rig.wait_until(lambda: not _group(process.pid), "all processes ended")
-            assert set(Path("/dev/shm").glob("prefix*")) <= before
+            assert not [r for r in regions if r.exists()]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -107,6 +108,18 @@ def _group(group: int) -> list[int]:
             state, _, of_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
             if int(of_group) == group and state != "Z":
                 found.append(int(folder.name))
+    return found
+
+
+def _regions(group: int) -> set[Path]:
+    """Shared memory of the Python models of a group, which are started with its names."""
+    found = set()
+    for pid in _group(group):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if "triton_python_backend_stub" in words[0]:
+                paths = [Path("/dev/shm") / w for w in words if w and "/" not in w]
+                found |= {path for path in paths if path.exists()}
     return found
 
 

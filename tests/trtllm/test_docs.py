@@ -6,7 +6,6 @@ import argparse
 import ast
 import importlib
 import inspect
-import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 from doc_pages import DESIGN, NGC, ROOT, blocks, commands, parser_of, plan_of, raised, table
 
 import trt_razor.trtllm
-from trt_razor import cli_arguments
+from trt_razor import cli_arguments, cli_serving_arguments
 from trt_razor.build import TrtLlmCheckpoint
 from trt_razor.heads.selection import uniform_share
 from trt_razor.models.zoo import zoo_spec
@@ -35,6 +34,7 @@ PARSERS = {
     "plan": cli_arguments.plan_arguments,
     "build": cli_arguments.build_arguments,
     "inspect": cli_arguments.inspect_arguments,
+    "triton": cli_serving_arguments.triton_arguments,
 }
 
 
@@ -312,67 +312,6 @@ def test_messages_in_the_table_are_said_like_that(monkeypatch: pytest.MonkeyPatc
         assert re.search(pattern, produce()), produce()
     for path, text in SOURCES.values():
         assert text in (ROOT / path).read_text()
-
-
-FILL = """
-import json, re, sys
-path, pairs = sys.argv[2:]
-# As NVIDIA's tool: a backslash keeps a comma or a colon together with what is around it.
-parts = [[re.sub(r"\\\\(.)", r"\\1", x) for x in re.split(r"(?<!\\\\):", p)] for p in re.split(r"(?<!\\\\),", pairs)]
-open(path, "w").write(json.dumps(dict(parts)))
-"""
-
-
-@pytest.mark.parametrize(
-    ("windows", "sinks"), [("32768,6564", "4"), ("32768", "0")], ids=["cyclic", "slots"]
-)
-def test_triton_commands_fill_the_repository(tmp_path: Path, windows: str, sinks: str) -> None:
-    """The commands of the page, with folders of our own and a stand-in for NVIDIA's tool."""
-    (block,) = [b for b in blocks(NGC) if "launch_triton_server" in b]
-    app, data = tmp_path / "app", tmp_path / "data"
-    for folder in (
-        "preprocessing",
-        "postprocessing",
-        "ensemble",
-        "tensorrt_llm_bls",
-        "tensorrt_llm",
-    ):
-        (app / "all_models" / "inflight_batcher_llm" / folder).mkdir(parents=True)
-    for name, code in (
-        ("tools/fill_template.py", FILL),
-        ("scripts/launch_triton_server.py", "import sys; print('launched', *sys.argv[1:])"),
-    ):
-        (app / name).parent.mkdir()
-        (app / name).write_text(code)
-    (data / "qwen-razor").mkdir(parents=True)
-    facts = {"max_attention_window_size": windows, "sink_token_length": sinks}
-    (data / "qwen-razor" / "manifest.json").write_text(json.dumps({"facts": facts}))
-    script = block.replace("/app/", f"{app}/").replace("/data/", f"{data}/")
-    done = subprocess.run(
-        ["bash", "-euc", f"RAZOR_PRELOAD=; curl() {{ :; }}\n{script}"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"launched --world_size 8 --model_repo {data}/triton"
-    filled = json.loads((data / "triton" / "tensorrt_llm" / "config.pbtxt").read_text())
-    assert filled["max_attention_window_size"] == windows
-    assert filled.get("sink_token_length") == (sinks if sinks != "0" else None)  # 0 is refused
-    assert filled["enable_kv_cache_reuse"] == filled["enable_chunked_context"] == "false"
-    assert filled["engine_dir"] == f"{data}/qwen-razor"
-    assert not any(re.search(r"\s", k + v) for k, v in filled.items())
-    for other in ("preprocessing", "postprocessing", "ensemble", "tensorrt_llm_bls"):
-        text = (data / "triton" / other / "config.pbtxt").read_text()
-        assert json.loads(text)["triton_max_batch_size"] == "16"
-
-
-def test_facts_of_the_manifest_that_are_read_exist() -> None:
-    """`fact NAME` of the Triton part."""
-    source = (ROOT / "trt_razor" / "trtllm" / "backend.py").read_text()
-    asked = set(re.findall(r"\$\(fact (\w+)", NGC))
-    assert asked == {"max_attention_window_size", "sink_token_length"}
-    for name in asked:
-        assert json.dumps(name) in source
 
 
 # The package -------------------------------------------------------------------------------------

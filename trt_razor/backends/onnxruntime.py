@@ -113,6 +113,8 @@ class OrtSession:
         for name, array in self._caches.items():
             if name.startswith("comp_log_weight"):
                 array.fill(-np.inf)
+        # Rows of a slot from here on are as they were at the start, time by time or all of a ring.
+        self._written = [0] * num_slots
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def _check_caches(self, graph: Path, caches: Sequence[CacheTensor]) -> None:
@@ -138,8 +140,12 @@ class OrtSession:
 
     def reset(self, slot: int) -> None:
         """Forget a slot's sequence: its next chunk must have ``past`` 0."""
+        end, self._written[slot] = self._written[slot], 0
         for name, array in self._caches.items():
-            array[slot] = -np.inf if name.startswith("comp_log_weight") else 0
+            if name.startswith(("full_", "local_")):
+                array[slot, :, :end] = 0  # clearing tens of megabytes would hold the others up
+            else:
+                array[slot] = -np.inf if name.startswith("comp_log_weight") else 0
 
     def forward(
         self,
@@ -151,7 +157,11 @@ class OrtSession:
     ) -> np.ndarray:
         """See ``backends.base.Session.forward``."""
         check_pass(self, first_slot, tokens, past, chunk, logits_index)
-        rows = tokens.shape[0]
+        rows, length = tokens.shape
+        for i, n in enumerate(past):
+            slot = first_slot + i
+            # An idle row is written, too, behind its last token.
+            self._written[slot] = max(self._written[slot], int(n) + length)
         io = self._binding(first_slot, first_slot + rows)
         # Rounded up: few distinct shapes, so the executor's per-shape work is done once.
         span = min(-(-max(1, int(np.max(past))) // SPAN_STEP) * SPAN_STEP, self.max_seq_len)

@@ -112,6 +112,15 @@ def outputs_of(response: Any) -> dict[str, Any]:
     return {t.name(): t for t in response.output_tensors()}
 
 
+def copy_of(tensor: Any) -> Any:
+    """A tensor of another model as one of our own, which does not hold on to its memory."""
+    try:
+        values = tensor.as_numpy()
+    except Exception:  # BF16, which numpy does not know
+        return tensor
+    return tensors.tensor(tensor.name(), values.copy())
+
+
 class ModelError(RazorError):
     """An error of a model behind this one; its message and code go on to the client."""
 
@@ -146,7 +155,7 @@ def engine_inputs(request: Any, prepared: Mapping[str, Any]) -> list[Any]:
         if values is not None:
             inputs.append(tensors.tensor(theirs, values.reshape(-1, 1)))
     get = tensors.triton().get_input_tensor_by_name
-    return inputs + [t for n in WHOLE if (t := get(request, n)) is not None]
+    return inputs + [copy_of(t) for n in WHOLE if (t := get(request, n)) is not None]
 
 
 def required(request: Any, name: str) -> np.ndarray:

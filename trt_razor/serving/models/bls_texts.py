@@ -62,7 +62,7 @@ class EngineTexts:
         if "text_output" not in outputs:
             raise RazorError("tensorrt_llm: no text_output in its response")
         if self._so_far is None:
-            return outputs["text_output"]
+            return tensors.tensor("text_output", _numpy(outputs, "text_output").copy())
         values = _numpy(outputs, "text_output")
         text = self._so_far.get((row, number), b"") + b"".join(values.reshape(-1))
         self._so_far[row, number] = text
