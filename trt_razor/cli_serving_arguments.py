@@ -66,9 +66,9 @@ def _repository_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--accumulate-tokens", action="store_true", help="tensorrt_llm_bls streams all text so far"
     )
-    for model in ("preprocessing", "postprocessing", "bls"):
-        g.add_argument(f"--{model}-instances", type=int, default=1, metavar="N",
-                       help=f"copies of {model} (default 1)")  # fmt: skip
+    for model, count in (("preprocessing", 1), ("postprocessing", 1), ("bls", 4)):
+        g.add_argument(f"--{model}-instances", type=int, default=count, metavar="N",
+                       help=f"processes of {model} (default {count})")  # fmt: skip
     g.add_argument("--no-verify", action="store_true", help="skip the checksums of the engine")
 
 

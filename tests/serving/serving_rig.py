@@ -308,17 +308,8 @@ def wait_idle(url: str, timeout: float = 10.0) -> Metrics:
     return last[0]
 
 
-def stubs(server: int) -> dict[str, int]:
-    """Model name → process id of the Python models of a server process."""
-    return dict(_stubs(server))
-
-
-def count_stubs(server: int) -> int:
-    """Python models that run, old ones that are being unloaded too."""
-    return len(_stubs(server))
-
-
-def _stubs(server: int) -> list[tuple[str, int]]:
+def stubs(server: int) -> list[tuple[str, int]]:
+    """(model, process id) of all instances of Python models that a server process runs."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -326,7 +317,7 @@ def _stubs(server: int) -> list[tuple[str, int]]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == server and "triton_python_backend_stub" in words[0]:
                 found.append((Path(words[1]).parents[1].name, int(folder.name)))
-    return found
+    return sorted(found)
 
 
 def rss(pid: int) -> int:

@@ -51,9 +51,9 @@ class Server:
         assert self.triton.process is not None
         return int(self.triton.process.pid)
 
-    def stub(self, model: str = "tensorrt_llm") -> int:
-        """Process id of a Python model."""
-        return serving_rig.stubs(self.pid)[model]
+    def stubs(self, model: str = "") -> list[int]:
+        """Process ids of the instances of a Python model, or of all."""
+        return [pid for name, pid in serving_rig.stubs(self.pid) if model in ("", name)]
 
     def read(self) -> serving_rig.Metrics:
         return serving_rig.Metrics.read(self.metrics)

@@ -17,7 +17,7 @@ def test_streams(server: Server, reference: Reference) -> None:
         "stream": True,
         "return_log_probs": True,
     }
-    stub = server.stub("tensorrt_llm_bls")
+    stubs = server.stubs("tensorrt_llm_bls")
 
     def client(i: int) -> None:
         for _ in range(30):
@@ -25,7 +25,7 @@ def test_streams(server: Server, reference: Reference) -> None:
             assert "".join(rig.text_of(r) for r in responses) == expected.text
 
     rig.in_parallel(8, client, timeout=60)
-    assert server.stub("tensorrt_llm_bls") == stub
+    assert server.stubs("tensorrt_llm_bls") == stubs
 
 
 def test_clients_that_leave(server: Server, reference: Reference) -> None:

@@ -236,7 +236,7 @@ def test_serve_tells_why_it_ended(serve: Serve, repository: Path, tmp_path: Path
     spaced = tmp_path / "my models"
     spaced.symlink_to(repository)
     with serve(spaced) as serving:
-        os.kill(stubs(serving.server)["tensorrt_llm"], signal.SIGKILL)
+        os.kill(dict(stubs(serving.server))["tensorrt_llm"], signal.SIGKILL)
         code, said = serving.end()
     assert code == 1
     assert "error: the process of model tensorrt_llm ended" in said

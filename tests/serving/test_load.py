@@ -186,8 +186,8 @@ def test_a_thousand_requests(server: Server, reference: Reference) -> None:
                     rig.generate(server.http, model, KINDS[kind])
 
     def memory() -> dict[str, int]:
-        pids = {"server": server.pid, **rig.stubs(server.pid)}
-        return {name: rig.rss(pid) for name, pid in pids.items()}
+        processes = [("server", server.pid), *rig.stubs(server.pid)]
+        return {f"{name} {pid}": rig.rss(pid) for name, pid in processes}
 
     def rounds(turns: int) -> tuple[rig.Metrics, dict[str, int]]:
         rig.in_parallel(8, lambda i: client(i, turns), timeout=120)

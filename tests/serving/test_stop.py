@@ -23,7 +23,7 @@ def test_sigterm_while_streaming(
     """Streams that end soon are whole, whatever the protocol; nothing is left."""
     expected = reference.run("bye", max_new_tokens=600, ignore_eos=True)
     with start_server(repository) as server:  # type: ignore[attr-defined]
-        pids = [server.pid, *rig.stubs(server.pid).values()]
+        pids = [server.pid, *server.stubs()]
         text = {"text_input": "bye", "max_tokens": 600, "end_id": -1, "stream": True}
         direct = rig.direct(expected.prompt, 600, end_id=-1, streaming=True)
         streams = [
@@ -54,7 +54,7 @@ def test_stop_does_not_wait_for_ever(
     """A stream without an end is cut: its client is told or disconnected, and all processes end."""
     before = shared_memory()
     with start_server(repository) as server:  # type: ignore[attr-defined]
-        pids = [server.pid, *rig.stubs(server.pid).values()]
+        pids = [server.pid, *server.stubs()]
         streams = [endless(server, reference) for _ in range(4)]
         for stream in streams:
             stream.next()

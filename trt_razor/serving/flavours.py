@@ -50,7 +50,7 @@ class _Settings:
     accumulate_tokens: bool = False
     preprocessing_instances: int = 1
     postprocessing_instances: int = 1
-    bls_instances: int = 1
+    bls_instances: int = 4
     execution_env: str = ""
     data_types: DataTypes = field(default_factory=DataTypes)
     parameters: Mapping[str, Value] = field(default_factory=dict)

@@ -217,7 +217,7 @@ repository; what talks to that talks to this.
 | model | |
 |---|---|
 | `ensemble` | text to text |
-| `tensorrt_llm_bls` | the same; notices clients that leave, and stops their requests |
+| `tensorrt_llm_bls` | the same, a few requests at once (`--bls-instances`); stops those of clients that leave |
 | `tensorrt_llm` | ids to ids |
 | `preprocessing`, `postprocessing` | text to ids, ids to text |
 """

@@ -90,7 +90,8 @@ class RepositoryOptions:
         accumulate_tokens: ``tensorrt_llm_bls`` streams the whole text so far, not pieces.
         max_batch_size: rows of a request; at most the engine's.
         max_queue_size: requests that may wait for a slot. 0 with TensorRT-LLM = its own default.
-        preprocessing_instances, postprocessing_instances, bls_instances: copies of each model.
+        preprocessing_instances, postprocessing_instances, bls_instances: processes of each model;
+            one of ``tensorrt_llm_bls`` answers one request at a time.
         slots, max_input_tokens, max_output_tokens: own engines only: sequences at a time and limits
             of a request.
         decoupled: TensorRT-LLM engines only (own engines always are): stream answers.
@@ -112,7 +113,7 @@ class RepositoryOptions:
     max_queue_size: int | None = None
     preprocessing_instances: int = 1
     postprocessing_instances: int = 1
-    bls_instances: int = 1
+    bls_instances: int = 4
     slots: int | None = None
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +100,30 @@ def call_model(
         requested_output_names=list(outputs),
         preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
     )
-    return request.exec(decoupled=True) if many else request.exec()
+    return _kept(request) if many else request.exec()
+
+
+KEEP_SECONDS, KEEP_AT_LEAST = 1.0, 8
+_recent: deque[tuple[float, Any]] = deque()
+
+
+def _kept(request: Any) -> Iterator[Any]:
+    """The responses of a decoupled model, each kept for a while after its use.
+
+    The thread of the Python backend that brings a response still holds it when we get it. Should
+    that thread be the last to let go, it frees NumPy arrays without holding Python's lock, and the
+    process ends sooner or later with a damaged heap (seen in Triton 2.51 as soon as a few streams
+    ran on a busy machine). It brings one response after another: when a later one is here, it has
+    let go of the earlier ones.
+    """
+    responses = request.exec(decoupled=True)
+    for response in responses:
+        now = time.monotonic()
+        _recent.append((now, response))
+        while len(_recent) > KEEP_AT_LEAST and _recent[0][0] < now - KEEP_SECONDS:
+            _recent.popleft()
+        yield response
+    _recent.append((time.monotonic(), responses))
 
 
 def outputs_of(response: Any) -> dict[str, Any]:
