@@ -5,39 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
-import time
-import urllib.request
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
-
-from serving_load import reason
 
 from trt_razor.console import say
 from trt_razor.engine import Engine
 from trt_razor.errors import MissingExtra, RazorError
 from trt_razor.manifest import Manifest
 from trt_razor.serving.repository import RepositoryOptions, write_repository
-from trt_razor.serving.server import TritonServer, check_models_run, find_server, free_ports
+from trt_razor.serving.server import ScriptServer, TritonServer, check_models_run, find_server
 from trt_razor.trtllm.cache_settings import read_settings
-
-
-class Server(Protocol):
-    """What is needed of a server that was started here."""
-
-    @property
-    def grpc(self) -> str: ...
-    @property
-    def metrics(self) -> str: ...
-    @property
-    def alive(self) -> bool: ...
-    def start(self) -> None: ...
-    def wait_ready(self, timeout: float) -> None: ...
-    def reason(self) -> str: ...
-    def stop(self) -> object: ...
 
 
 @dataclass
@@ -47,79 +26,12 @@ class Target:
     kind: str
     grpc: str
     metrics: str | None
-    server: Server | None = None
+    server: TritonServer | None = None
 
     def check(self) -> None:
         """Raises RazorError if a server of ours has ended."""
         if self.server is not None and not self.server.alive:
             raise RazorError(f"{self.kind}: the server ended: {self.server.reason()}")
-
-
-class ScriptServer:
-    """A server started by the ``start.sh`` of its repository: TensorRT-LLM engines, all ranks."""
-
-    def __init__(self, repository: Path, log: Path, one_rank: bool, python: Path | None) -> None:
-        self.repository, self.log = repository, log
-        self._ports = free_ports("127.0.0.1", 3)
-        names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
-        self._environment = {n: str(p) for n, p in zip(names, self._ports, strict=True)}
-        self._environment["ADDRESS"] = "127.0.0.1"
-        if python is not None:
-            self._environment["TRT_RAZOR_TRITON_PYTHON"] = str(python)
-        if one_rank and shutil.which(os.environ.get("MPIRUN", "mpirun")) is None:
-            self._environment["NO_MPI"] = "1"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def grpc(self) -> str:
-        return f"127.0.0.1:{self._ports[1]}"
-
-    @property
-    def metrics(self) -> str:
-        return f"127.0.0.1:{self._ports[2]}"
-
-    @property
-    def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def start(self) -> None:
-        """Start it; it is not ready yet."""
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                ["bash", str(self.repository / "start.sh")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **self._environment},
-            )
-
-    def wait_ready(self, timeout: float) -> None:
-        """Raises RazorError with the reason if it ends or is not ready in time."""
-        end = time.monotonic() + timeout
-        while True:
-            with suppress(OSError):
-                url = f"http://127.0.0.1:{self._ports[0]}/v2/health/ready"
-                if urllib.request.urlopen(url, timeout=5).status == 200:
-                    return
-            if not self.alive or time.monotonic() > end:
-                what = "is not ready in time" if self.alive else "ended"
-                raise RazorError(f"{self.repository.name}: the server {what}: {self.reason()}")
-            time.sleep(0.5)
-
-    def reason(self) -> str:
-        """The line of its log that says why it ended."""
-        return reason(self.log)
-
-    def stop(self) -> None:
-        """Stop it and all its ranks, gently at first."""
-        if self.process is None:
-            return
-        for number, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
 
 
 def start(
@@ -130,19 +42,20 @@ def start(
     stock = manifest.backend == "tensorrt-llm"
     options = RepositoryOptions(
         verify=False, force=True,
+        # Each answers one request at a time.
+        bls_instances=max(args.concurrency) if args.served_model == "tensorrt_llm_bls" else 1,
         slots=None if stock else args.slots,
         kv_cache_free_gpu_mem_fraction=share if stock else None,
     )  # fmt: skip
     repository = write_repository(engine, place / f"repository-{kind}", options)
-    log = place / f"{kind}.log"
-    server: Server
-    if stock:
-        ranks = read_settings(engine).world_size
-        server = ScriptServer(repository, log, ranks == 1, args.python)
-    else:
-        binary = find_server(args.python)
-        check_models_run(binary, manifest.backend)
-        server = TritonServer(repository, binary, log=log)
+    binary = find_server(args.python)
+    check_models_run(binary, manifest.backend)
+    mpirun = shutil.which(os.environ.get("MPIRUN", "mpirun"))
+    if stock and mpirun is None and read_settings(engine).world_size == 1:
+        binary = replace(binary, environment={**binary.environment, "NO_MPI": "1"})
+    server = (ScriptServer if stock else TritonServer)(
+        repository, binary, log=place / f"{kind}.log"
+    )
     stack.callback(server.stop)
     say(f"{kind}: starting a server on {server.grpc} (gRPC)")
     server.start()

@@ -20,6 +20,7 @@ from tiny_models import TinyModel
 from trt_razor import console
 from trt_razor.cli import build_main, main
 from trt_razor.engine import Engine
+from trt_razor.generate import Generator, SamplingParams
 from trt_razor.models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +127,11 @@ def test_wrong_use_of_an_engine(capsys: Capture, razor_engine: Engine, tmp_path:
         (["--prompt", "x", "--seed", "-1"], "seed: expected"),
         (["--prompt", "x", "--seed", str(2**64)], "seed: expected"),
         (["--prompt", "x", "--stop", ""], "stop: expected texts that are not empty"),
+        (["--prompt", "x", "--min-tokens", "-1"], r"min_tokens: expected 0 \.\. max_new_tokens"),
+        (["--prompt", "x", "--max-new-tokens", "2", "--min-tokens", "3"], r"min_tokens: .*\(2\)"),
+        (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty: expected"),
+        (["--prompt", "x", "--presence-penalty", "nan"], "presence_penalty: expected"),
+        (["--prompt", "x", "--frequency-penalty", "-101"], "frequency_penalty: expected"),
         (["--prompt", "x", "--slots", "0"], r"slots: expected 1\.\.3"),
         (["--prompt", "x", "--slots", "4"], r"slots: expected 1\.\.3"),
     ]:
@@ -254,6 +260,51 @@ def test_a_seed_repeats_and_a_failed_request_fails_the_command(
         capsys, 1, "prompt 2: logits: not finite", *argv[:2], "--raw", "--prompt", "a",
         "--prompt", "b", "--max-new-tokens", 5, "--ignore-eos",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("--repetition-penalty", 3.0, "repetition_penalty"),
+        ("--presence-penalty", 2.0, "presence_penalty"),
+        ("--frequency-penalty", 1.5, "frequency_penalty"),
+    ],
+)
+def test_penalties(
+    option: str, value: float, field: str, capsys: Capture, razor_engine: Engine
+) -> None:
+    """Other tokens than without, and those of the Python interface."""
+    argv = ["generate", razor_engine.directory, "--token-ids", "5,6,7", "--max-new-tokens", 20]
+    texts = []
+    for more in ([option, value], []):
+        assert run(*argv, "--ignore-eos", "--quiet", *more) == 0
+        texts.append(capsys.readouterr().out)
+    given: dict[str, Any] = {field: value}
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, **given)
+    m, tokenizer = razor_engine.manifest, razor_engine.tokenizer()
+    generator = Generator(razor_engine.open(), m.prefill_chunk, (), tokenizer)
+    assert texts[0] == generator.run([[5, 6, 7]], params)[0].text + "\n" != texts[1]
+
+
+def test_min_tokens(capsys: Capture, razor_engine: Engine) -> None:
+    """A stop text counts only behind so many tokens."""
+    argv = [
+        "generate",
+        razor_engine.directory,
+        "--prompt",
+        "hi",
+        "--raw",
+        "--ignore-eos",
+        "--quiet",
+    ]
+    argv += ["--max-new-tokens", "12"]
+    assert run(*argv) == 0
+    whole = capsys.readouterr().out
+    first = next(c for c in whole if c.isalnum())
+    assert run(*argv, "--stop", first) == 0
+    assert len(short := capsys.readouterr().out) < len(whole)
+    assert run(*argv, "--stop", first, "--min-tokens", 12) == 0
+    assert capsys.readouterr().out == whole != short
 
 
 def test_plan_and_build_plan_say_the_same(capsys: Capture, tmp_path: Path) -> None:

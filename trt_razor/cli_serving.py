@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -185,6 +184,8 @@ def _target(path: Path) -> _Target:
         return _Target(None, path, backend, texts, False)
     if not path.is_dir():
         raise UsageError(f"{path}: expected an engine directory or a model repository, found none")
+    if (path / MANIFEST).exists():  # says what is wrong with it
+        Manifest.from_json(read_manifest(path / MANIFEST), str(path / MANIFEST))
     raise UsageError(
         f"{path}: expected an engine directory (trt-razor build) or a model repository (trt-razor "
         "triton), found neither's description there"
@@ -227,20 +228,22 @@ def _write(args: argparse.Namespace, target: _Target, stack: ExitStack) -> Path:
     from dataclasses import replace
 
     from trt_razor.serving.repository import write_repository
-    from trt_razor.serving.server import safe_temporary
+    from trt_razor.serving.temporary import Folder
 
     assert target.engine is not None
     options = _options(args)
     if args.prompt_format is None:
         options = replace(options, prompt_format="chat" if target.template else "raw")
-    folder = args.repository
+    engine, folder = target.engine, args.repository
     if folder is None:
-        temporary = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="trt_razor_serve_", dir=safe_temporary())
-        )
-        folder = Path(temporary) / "model_repository"
+        temporary = Folder("serve")
+        stack.callback(temporary.remove)
+        folder = temporary.path / "model_repository"
+        if not str(engine.absolute()).isascii():  # Triton's Python does not find such a path
+            (temporary.path / "engine").symlink_to(engine.absolute())
+            engine = temporary.path / "engine"
     with Bars() as bars:
-        return write_repository(target.engine, folder, options, bars)
+        return write_repository(engine, folder, options, bars)
 
 
 def _server_for(backend: str) -> ServerBinary:

@@ -66,9 +66,13 @@ def _repository_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--accumulate-tokens", action="store_true", help="tensorrt_llm_bls streams all text so far"
     )
-    for model, count in (("preprocessing", 1), ("postprocessing", 1), ("bls", 4)):
-        g.add_argument(f"--{model}-instances", type=int, default=count, metavar="N",
-                       help=f"processes of {model} (default {count})")  # fmt: skip
+    for name, count, what in (
+        ("preprocessing", 1, "preprocessing"),
+        ("postprocessing", 1, "postprocessing"),
+        ("bls", 4, "tensorrt_llm_bls, one request each"),
+    ):
+        g.add_argument(f"--{name}-instances", type=int, default=count, metavar="N",
+                       help=f"processes of {what} (default {count})")  # fmt: skip
     g.add_argument("--no-verify", action="store_true", help="skip the checksums of the engine")
 
 

@@ -344,7 +344,13 @@ class Generator:
             return text[: min(ends)], True
         # Hold back the longest end of the text that could begin a stop text.
         hold = max(
-            (n for x in s.params.stop for n in range(1, len(x)) if text.endswith(x[:n])), default=0
+            (
+                n
+                for x in s.params.stop
+                for n in range(1, min(len(x), len(text) + 1))
+                if text.endswith(x[:n])
+            ),
+            default=0,
         )
         s.held = text[len(text) - hold :]
         return text[: len(text) - hold], False

@@ -166,6 +166,7 @@ def test_add_special_and_no_padding_or_truncation() -> None:
 
 def test_unknown_ids_and_surrogates() -> None:
     assert BYTE_LEVEL.decode([1 << 40, -1, 99_999]) == ""
+    assert not {1 << 40, -1, 99_999} & BYTE_LEVEL._cache.keys()  # clients can name any number
     with pytest.raises(UsageError, match="character 1 is a lone surrogate"):
         BYTE_LEVEL.encode("a\ud800")
 

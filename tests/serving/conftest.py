@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,8 +42,10 @@ def triton_python() -> Path:
     name = os.environ.get("TRT_RAZOR_TRITON_PYTHON")
     if not name:
         _absent("needs a Triton server: make serve-environment, TRT_RAZOR_TRITON_PYTHON")
-    for package in ("tritonclient", "google.protobuf"):
-        if importlib.util.find_spec(package) is None:
+    for package in ("tritonclient.grpc", "google.protobuf"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
             _absent(f"needs the package {package}: pip install -e '.[triton]'")
     return Path(str(name))
 

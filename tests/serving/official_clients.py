@@ -137,7 +137,7 @@ def run_engine_client(
         _check_outputs(result, requested_outputs)
         ids_out = result.as_numpy("output_ids")
         if ids_out is None:
-            answer.cancelled = True  # "Got cancellation response from server"
+            answer.cancelled = True
             continue
         lengths = result.as_numpy("sequence_length")
         if lengths is None or lengths[0][0] > 0:

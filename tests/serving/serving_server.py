@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,17 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    repository: Path, python: Path, stop_after: float = 15.0, **options: Any
+    repository: Path, python: Path, variables: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Server]:
-    """A server over a repository, ready; told to stop in the end, killed after so many seconds.
+    """A server over a repository, ready; killed in the end, for Triton takes a second for each Python
+    model to stop (test_stop.py has that).
 
-    ``options``: of TritonServer.
+    Args:
+        variables: more of its environment. options: of TritonServer.
     """
-    triton = TritonServer(repository, find_server(python), **options)
+    binary = find_server(python)
+    environment = {**binary.environment, **(variables or {})}
+    triton = TritonServer(repository, replace(binary, environment=environment), **options)
     triton.start()
     try:
         assert triton.process is not None
@@ -83,7 +87,7 @@ def running(
             triton.wait_ready(60)
             yield Server(triton)
     finally:
-        triton.stop(stop_after)
+        triton.stop(0)
 
 
 @contextlib.contextmanager

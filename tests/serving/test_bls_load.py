@@ -20,7 +20,7 @@ def test_streams(server: Server, reference: Reference) -> None:
     stubs = server.stubs("tensorrt_llm_bls")
 
     def client(i: int) -> None:
-        for _ in range(30):
+        for _ in range(20):
             responses = list(rig.Stream(server.grpc, "tensorrt_llm_bls", inputs))
             assert "".join(rig.text_of(r) for r in responses) == expected.text
 

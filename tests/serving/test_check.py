@@ -13,7 +13,7 @@ import pytest
 
 from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.serving import check
-from trt_razor.serving.check import check_repository, ensure_repository
+from trt_razor.serving.check import check_repository
 from trt_razor.serving.flavours import OwnSettings, TrtllmSettings, own_configs, trtllm_configs
 
 pytest.importorskip("google.protobuf")
@@ -70,7 +70,6 @@ def edit(root: Path, model: str, old: str, new: str) -> None:
 
 def test_a_good_repository_has_no_findings(any_repository: Path) -> None:
     assert check_repository(any_repository) == []
-    ensure_repository(any_repository)
 
 
 def test_a_repository_through_a_link(own: Path, tmp_path: Path) -> None:
@@ -448,18 +447,6 @@ def test_a_folder_that_cannot_be_listed(own: Path, monkeypatch: pytest.MonkeyPat
         check_repository(own)
     real = os.path.realpath(own)
     assert str(e.value) == f"{real}/ensemble: cannot be listed: Permission denied"
-
-
-def test_ensure_names_the_first_finding(own: Path) -> None:
-    shutil.rmtree(own / "ensemble" / "1")
-    first = f"{own}: model 'ensemble': expected a version folder such as '1', found none"
-    with pytest.raises(RazorError) as e:
-        ensure_repository(own)
-    assert str(e.value) == first
-    (own / "tensorrt_llm_bls" / "1" / "model.py").unlink()
-    with pytest.raises(RazorError) as e:
-        ensure_repository(own)
-    assert str(e.value) == f"{first} (and 1 more)"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,6 +113,9 @@ def test_serve_usage(
 
     assert "expected an engine directory or a model repository, found none" in told("/no/folder")
     assert "found neither's description there" in told(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    assert run("serve", tmp_path) == 1
+    assert "damaged manifest" in capsys.readouterr().err
     assert "--force: is about --repository" in told(serving_engine.directory, "--force")
     assert "which has its settings; leave --slots out" in told(repository, "--slots", 1)
     assert "leave --queue out" in told(repository, "--queue", 1)
@@ -211,7 +215,10 @@ def ask(command: str) -> dict[str, object]:
 
 def test_serve_answers_and_stops(serve: Serve, serving_engine: Engine, tmp_path: Path) -> None:
     """The command it prints answers, its metrics are there, SIGTERM ends it with 0."""
-    with serve(serving_engine.directory, "--slots", "1", "--prompt-format", "raw") as serving:
+    named = tmp_path / "mein Gerät"  # Triton's own Python finds no such path
+    shutil.copytree(serving_engine.directory, named)
+    few = ("--slots", "1", "--bls-instances", "1")
+    with serve(named, *few, "--prompt-format", "raw") as serving:
         lines = serving.said.splitlines()
         answer = ask(next(line for line in lines if "curl -s " in line))
         assert isinstance(answer["text_output"], str)

@@ -14,7 +14,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_rig import Served, arguments, ask, imported, until
-from fake_triton import FakeTriton, Request, TritonError, TritonModelException
+from fake_triton import (
+    FakeTriton,
+    Request,
+    Response,
+    Sender,
+    TritonError,
+    TritonModelException,
+)
 from tiny_models import TinyModel, write_model
 
 from trt_razor.engine import Engine
@@ -72,6 +79,21 @@ def test_a_request_that_cannot_be_read_at_all(served: Served) -> None:
     bad, good = served(request, ask())
     assert bad.errors == ["internal error: ValueError: two lines"]
     assert not good.errors
+
+
+def test_a_last_response_that_cannot_be_sent_ends_all_the_same(served: Served) -> None:
+    class Full(Sender):
+        def send(self, response: Response | None = None, flags: int = 0) -> None:
+            if response is not None:
+                raise RuntimeError("no shared memory")
+            super().send(response, flags)
+
+    request = ask()
+    request.sender = Full()
+    bad, good = served(request, ask())  # waits for the end of both
+    assert not bad.responses
+    assert not bad.misuse
+    assert good.ids() == served.one().ids()
 
 
 def test_stop_by_id(served: Served) -> None:

@@ -42,7 +42,7 @@ ADDED["own"] = {
     ("ensemble", "outputs"): FACTS,
     ("tensorrt_llm_bls", "outputs"): FACTS,
 }
-PREPROCESSING_PARAMETERS = {"prompt_format", "vocab_size"}
+PREPROCESSING_PARAMETERS = {"prompt_format", "vocab_size", "max_input_tokens"}
 BLS_PARAMETERS = {
     "text_from_engine",
     "exclude_input_in_output",
@@ -178,7 +178,9 @@ def test_kinds_of_the_models(flavour: str, models: dict[str, Any]) -> None:
             (g.count, model_config_pb2.ModelInstanceGroup.Kind.Name(g.kind))
             for g in c.instance_group
         ]
-        assert groups == ([] if model == "ensemble" else [(1, "KIND_CPU")])
+        # One of tensorrt_llm_bls answers one request at a time.
+        count = 4 if model == "tensorrt_llm_bls" else 1
+        assert groups == ([] if model == "ensemble" else [(count, "KIND_CPU")])
         assert c.max_batch_size == 8
 
 

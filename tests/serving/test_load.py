@@ -108,13 +108,13 @@ def test_short_prompt_while_long_ones_are_read(server: Server, reference: Refere
 def test_queue_full(server: Server, reference: Reference) -> None:
     """10 times more clients than slots and queue hold: a clear rejection, or the right answer."""
     before = server.read()
-    expected = reference.run("crowd", max_new_tokens=100, ignore_eos=True)
+    expected = reference.run("crowd", max_new_tokens=20, ignore_eos=True)
     busy = rig.direct(reference.tokenizer.encode("busy"), 3000, end_id=-1, streaming=True)
     holding = [rig.Stream(server.grpc, "tensorrt_llm", busy) for _ in range(SLOTS)]
     for stream in holding:
         stream.next()
     count = 10 * SLOTS + QUEUE
-    inputs = rig.direct(expected.prompt, 100, end_id=-1, streaming=True)
+    inputs = rig.direct(expected.prompt, 20, end_id=-1, streaming=True)
 
     def client(i: int) -> str:
         try:

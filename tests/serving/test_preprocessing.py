@@ -234,6 +234,28 @@ def test_refused(load: Load, texts: list[Any], more: dict[str, np.ndarray], word
     assert error(load(), *texts, **more).startswith(words)
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_it_costs_much(load: Load) -> None:
+    model = load(max_input_tokens="4")
+    assert run(model, "abc").arrays()["REQUEST_INPUT_LEN"].tolist() == [[4]]
+    says = "the prompt has 5 tokens, this server takes at most 4; shorten it"
+    assert error(model, "a", "abcd") == f"text_input[1]: {says}"
+    # Far more bytes than any 4 tokens have: not even tokenised.
+    assert "100000 bytes; at most" in error(model, "a" * 100_000)
+    many = {"STOP_WORDS_DICT": strings(["x" * 4096] * 17)}
+    assert error(model, "a", **many) == "stop_words: 69632 bytes; at most 65536 are accepted"
+    with pytest.raises(Exception, match="parameter max_input_tokens: expected a whole number"):
+        load(max_input_tokens="0")
+
+
+@pytest.mark.parametrize("template, says", [
+    (None, "prompt_format: 'chat' needs a chat template, and this model has none; use raw"),
+    ("{{ raise_exception('no') }}", "the chat template failed: no"),
+])  # fmt: skip
+def test_errors_of_a_template_name_no_files(load: Load, template: str | None, says: str) -> None:
+    model = load({"template": template})
+    assert error(model, "a", PROMPT_FORMAT=strings("chat")) == says
+
+
 def test_an_empty_prompt_is_refused_where_nothing_is_added(load: Load) -> None:
     assert run(load(), "").arrays()["INPUT_ID"].tolist() == [[BOS]]
     message = "text_input: expected at least 1 token, found an empty prompt"

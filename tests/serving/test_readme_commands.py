@@ -26,7 +26,9 @@ def started(
     triton_python: Path, serving_engine: Engine, tmp_path: Path
 ) -> Iterator[tuple[Path, subprocess.Popen[bytes], list[int]]]:
     """A repository whose start.sh runs the server of the Python package, and its ports."""
-    repository = write(serving_engine, tmp_path / "repository", slots=2, copy_engine=True)
+    repository = write(
+        serving_engine, tmp_path / "repository", slots=2, bls_instances=1, copy_engine=True
+    )
     ports = free_ports("127.0.0.1", 3)
     names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
     environment = {k: v for k, v in os.environ.items() if k != "TRITONSERVER"}
@@ -109,3 +111,15 @@ def test_readme_against_the_real_server(
     assert not _ready(ports[0])
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_start_script_that_is_killed(
+    started: tuple[Path, subprocess.Popen[bytes], list[int]],
+) -> None:
+    """The server does not stay behind with its ports."""
+    _, process, ports = started
+    process.kill()
+    end = time.monotonic() + serving_rig.LONG
+    while _ready(ports[0]):
+        assert time.monotonic() < end
+        time.sleep(0.1)

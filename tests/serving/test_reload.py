@@ -28,13 +28,13 @@ GONE = r"unknown model|no available versions|not ready|not found|unavailable|UNA
 def copied(serving_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the engine in it."""
     output = tmp_path_factory.mktemp("copied") / "models"
-    return serving_server.write(serving_engine, output, copy_engine=True)
+    return serving_server.write(serving_engine, output, copy_engine=True, bls_instances=1)
 
 
 @pytest.fixture(scope="module")
 def explicit(copied: Path, start_server: Callable[..., object]) -> Iterator[Server]:
     """A server whose models are loaded and unloaded by requests; none at first."""
-    with start_server(copied, stop_after=4, models=()) as server:  # type: ignore[attr-defined]
+    with start_server(copied, models=()) as server:  # type: ignore[attr-defined]
         yield server
 
 

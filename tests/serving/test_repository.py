@@ -169,6 +169,21 @@ def test_where_the_server_sees_the_engine(
     assert f"\nengine={path}\n" in script or f'\nengine="$here"/tensorrt_llm/{path}\n' in script
 
 
+def test_check_tells_lost_files(razor_engine: Engine, tmp_path: Path) -> None:
+    pytest.importorskip("tritonclient.grpc")
+    from trt_razor.serving.check import check_repository
+
+    output = write(razor_engine, tmp_path / "repository", copy_engine=True)
+    lost = [
+        "start.sh",
+        "preprocessing/1/tokenizer/tokenizer.json",
+        "tensorrt_llm/1/engine/manifest.json",
+    ]
+    for name in lost:
+        (output / name).unlink()
+    assert sorted(check_repository(output)) == sorted(f"{name}: is missing" for name in lost)
+
+
 def test_engine_without_tokenizer(ids_engine: Engine, tmp_path: Path) -> None:
     output = write(ids_engine, tmp_path / "r")
     assert sorted(p.name for p in output.iterdir() if p.is_dir()) == ["tensorrt_llm"]

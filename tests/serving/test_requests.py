@@ -24,7 +24,7 @@ from trt_razor.serving.requests import (
     wants_stop,
 )
 from trt_razor.serving.settings import EngineSettings
-from trt_razor.serving.words import StopRules, stop_rules, words_of
+from trt_razor.serving.words import MAX_CHARACTERS, StopRules, stop_rules, words_of
 
 LIMITS = Limits(264, 30, 50, frozenset({257, 3}))
 TOKENIZER = Tokenizer(
@@ -312,6 +312,10 @@ def test_stop_rules() -> None:
     )
     assert stop_rules(given, None) == StopRules((), (), tuple(given))
     assert stop_rules((), TOKENIZER) == StopRules()
+    one = tuple(TOKENIZER.encode("abcdefgh")) * 4096
+    assert len(stop_rules([one], TOKENIZER).texts[0]) == MAX_CHARACTERS
+    with pytest.raises(UsageError, match=r"stop_words_list: expected at most 32768 .* found 32770"):
+        stop_rules([one, ab], TOKENIZER)
 
 
 # Settings -------------------------------------------------------------------------------------

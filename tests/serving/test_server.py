@@ -17,6 +17,7 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.serving import binary as binaries
 from trt_razor.serving import server_log
 from trt_razor.serving.binary import ServerBinary, check_models_run, find_server, python_facts
+from trt_razor.serving.config import ModelConfig
 from trt_razor.serving.ports import check_ports, free_ports
 from trt_razor.serving.server import ScriptServer, TritonServer
 
@@ -235,6 +236,32 @@ def test_one_that_does_not_stop(program: Path, models: Path) -> None:
         child = int(str(record(models)["child"]))
         assert server.stop(timeout=0.3) == -9
     assert gone(child)
+
+
+def test_more_instances_have_more_time_to_stop(program: Path, models: Path) -> None:
+    """Triton ends their processes one after another, a second each."""
+    for name, count in (("one", 12), ("other", 3)):
+        (models / name).mkdir()
+        text = ModelConfig(name, 8, (), (), backend="python", instances=count).text()
+        (models / name / "config.pbtxt").write_text(text)
+    with start(program, models):
+        assert "--exit-timeout-secs=23" in record(models)["argv"]  # type: ignore[operator]
+
+
+def test_failed_start_leaves_nothing(
+    program: Path, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    (program.parent.parent / "backends" / "python" / "libtriton_python.so").touch()
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(RazorError, match=r"temporary/.*cannot write .*No space left.*TMPDIR"):
+        start(program, models, backends=program.parent.parent / "backends").start()
+    assert not any(place.iterdir())
 
 
 def test_taken_port_is_told_before_the_start(program: Path, models: Path) -> None:

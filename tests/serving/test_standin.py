@@ -66,7 +66,7 @@ def test_defaults(tmp_path: Path) -> None:
         ({"max_attention_window": "64"}, "no parameter of this backend"),
         ({"tokenizer_dir": None}, "the key must exist"),
         ({"gpt_model_type": None}, "Invalid gpt_model_type"),
-        ({"gpt_model_path": "/no/such/folder"}, "model paths are empty"),
+        ({"gpt_model_path": "/no/such/folder"}, "gpt_model_path: expected"),
         ({"batch_scheduler_policy": "fair"}, "replaced by the default"),
         ({"kv_cache_free_gpu_mem_fraction": "1.5"}, "expected 0 .. 1"),
     ],
@@ -124,7 +124,7 @@ def test_word_lists() -> None:
     words = np.array([[5, 6, 7, 0], [2, 3, -1, -1]], np.int32)
     assert sparse_list(words) == ((5, 6), (7,))
     assert sparse_list(np.zeros((2, 0), np.int32)) == ()
-    for ends, message in (([2, 9], "out-of-bound"), ([2, 1], "non-incr"), ([-1, 2], "-1s")):
+    for ends, message in (([2, 9], "beyond"), ([2, 1], "rise"), ([-1, 2], "-1 in")):
         with pytest.raises(BadRequest, match=message):
             sparse_list(np.array([[1, 2], ends], np.int32))
 

@@ -55,10 +55,22 @@ def test_metrics_follow_the_statistics() -> None:
     assert triton.metric(f"{name}_bucket", le="0.005") == 1
     assert triton.metric(f"{name}_bucket", le="0.5") == 2
     assert triton.metric(f"{name}_bucket", le="+Inf") == 3
-    # What has not changed costs no call: each crosses a process border.
+    # Counters that have not changed cost no call: each crosses a process border.
     changed = triton.calls - calls
     metrics.publish()
-    assert triton.calls == calls + changed
+    assert triton.calls == calls + changed + 5  # the gauges
+
+
+def test_gauges_survive_an_old_instance_that_ends_late() -> None:
+    triton = FakeTriton()
+    old, new = Statistics(4, 1000), Statistics(4, 1000)
+    of_old, of_new = Metrics(triton, old, LABELS), Metrics(triton, new, LABELS)
+    of_new.publish()
+    old.clear_gauges()
+    of_old.publish()
+    of_new.publish()
+    assert triton.metric("slots_total") == 4
+    assert triton.metric("kv_cache_bytes_allocated") == 1000
 
 
 def test_a_reload_goes_on_counting_and_unloading_clears_gauges() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -9,23 +10,34 @@ from pathlib import Path
 
 import pytest
 import serving_rig as rig
+import serving_server
 from serving_model import Reference
 from serving_server import Server
 
+from trt_razor.engine import Engine
+
 
 def shared_memory() -> set[str]:
-    return {p.name for p in Path("/dev/shm").glob("*")}
+    """Of servers that this process started."""
+    return {p.name for p in Path("/dev/shm").glob(f"trt_razor_{os.getpid()}_*")}
+
+
+@pytest.fixture(scope="module")
+def repository(serving_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of as few processes as can be: Triton stops one after the other."""
+    output = tmp_path_factory.mktemp("few") / "models"
+    return serving_server.write(serving_engine, output, bls_instances=1)
 
 
 def test_sigterm_while_streaming(
     repository: Path, reference: Reference, start_server: Callable[..., object]
 ) -> None:
     """Streams that end soon are whole, whatever the protocol; nothing is left."""
-    expected = reference.run("bye", max_new_tokens=600, ignore_eos=True)
+    expected = reference.run("bye", max_new_tokens=300, ignore_eos=True)
     with start_server(repository) as server:  # type: ignore[attr-defined]
         pids = [server.pid, *server.stubs()]
-        text = {"text_input": "bye", "max_tokens": 600, "end_id": -1, "stream": True}
-        direct = rig.direct(expected.prompt, 600, end_id=-1, streaming=True)
+        text = {"text_input": "bye", "max_tokens": 300, "end_id": -1, "stream": True}
+        direct = rig.direct(expected.prompt, 300, end_id=-1, streaming=True)
         streams = [
             rig.Stream(server.grpc, "tensorrt_llm", direct),
             rig.Stream(server.grpc, "ensemble", text),

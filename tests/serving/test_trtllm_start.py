@@ -23,6 +23,7 @@ from trt_razor.models.tokenizer import Tokenizer
 from trt_razor.serving.server import find_server, free_ports
 
 HERE = Path(__file__).parent
+FEW = {"bls_instances": 1}  # processes, which Triton stops one after the other
 
 
 @dataclass
@@ -135,7 +136,7 @@ def test_dense_engine_without_mpirun(
     triton_python: Path, trtllm_engines: trtllm_rig.Engines, tmp_path: Path
 ) -> None:
     engine = trtllm_engines("dense")
-    repository = trtllm_rig.repository_of(engine, tmp_path / "models")
+    repository = trtllm_rig.repository_of(engine, tmp_path / "models", **FEW)
     with started(repository, triton_python, tmp_path, None, NO_MPI="1") as server:
         check_answers(server, engine)
         assert not (tmp_path / "commands.json").exists()
@@ -148,7 +149,7 @@ def test_razor_engine_moved_with_its_repository(
     """TensorRT-LLM 1.1; the server finds the plugin preloaded, mpirun and the script do not have it."""
     engine = trtllm_engines("slots-1.1")
     repository = trtllm_rig.repository_of(
-        engine, tmp_path / "models", copy_engine=True, mounted_at=str(tmp_path / "elsewhere")
+        engine, tmp_path / "models", copy_engine=True, mounted_at=str(tmp_path / "elsewhere"), **FEW
     )
     repository = repository.rename(tmp_path / "elsewhere")
     preload = trtllm_engines.preload("slots-1.1")
@@ -163,7 +164,7 @@ def test_razor_engine_moved_with_its_repository(
 
 def test_two_ranks(triton_python: Path, trtllm_engines: trtllm_rig.Engines, tmp_path: Path) -> None:
     engine = trtllm_engines("two-ranks")
-    repository = trtllm_rig.repository_of(engine, tmp_path / "models")
+    repository = trtllm_rig.repository_of(engine, tmp_path / "models", **FEW)
     preload = trtllm_engines.preload("two-ranks")
     with started(repository, triton_python, tmp_path, preload) as server:
         check_answers(server, engine)

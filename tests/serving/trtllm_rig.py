@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_server import Server, guarded
+from serving_server import Server, running
 
 TESTS = Path(__file__).resolve().parents[1]
 for _folder in (TESTS / "plugins" / "tensorrt", TESTS / "plugins", TESTS / "trtllm"):
@@ -28,7 +28,7 @@ from trt_razor import cli  # noqa: E402
 from trt_razor.engine import Engine  # noqa: E402
 from trt_razor.headmap import HeadMap  # noqa: E402
 from trt_razor.serving.repository import RepositoryOptions, write_repository  # noqa: E402
-from trt_razor.serving.server import ServerBinary, TritonServer, find_server  # noqa: E402
+from trt_razor.serving.server import ServerBinary  # noqa: E402
 from trt_razor.trtllm import backend  # noqa: E402
 
 STANDIN = Path(__file__).resolve().parent / "standin"
@@ -106,10 +106,6 @@ def repository_of(engine: Path, output: Path, **options: Any) -> Path:
     return write_repository(engine, output, RepositoryOptions(**options))
 
 
-def with_variables(binary: ServerBinary, **variables: str) -> ServerBinary:
-    return dataclasses.replace(binary, environment={**binary.environment, **variables})
-
-
 @contextlib.contextmanager
 def serving(
     repository: Path, python: Path, record: Path, preload: Path | None, **options: Any
@@ -122,16 +118,8 @@ def serving(
     variables = {"TRT_RAZOR_STANDIN_RECORD": str(record)}
     if preload is not None:
         variables["LD_PRELOAD"] = str(preload)
-    binary = with_variables(find_server(python), **variables)
-    triton = TritonServer(repository, binary, backends=STANDIN, **options)
-    triton.start()
-    try:
-        assert triton.process is not None
-        with guarded(triton.process.pid):
-            triton.wait_ready(60.0)
-            yield Server(triton)
-    finally:
-        triton.stop(15)
+    with running(repository, python, variables, backends=STANDIN, **options) as server:
+        yield server
 
 
 def backends_folder(folder: Path, binary: ServerBinary) -> tuple[Path, dict[str, str]]:

@@ -8,6 +8,7 @@ and its pieces are the decoded text by construction.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 import secrets
@@ -33,6 +34,7 @@ class Tokenizer:
         eos_token_ids: ids that end an answer.
         chat_template: Jinja source, or None.
         vocab_size: ids the tokenizer knows; a model may have a few more rows.
+        where: file it comes from, which messages name.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Tokenizer:
             UsageError: a kind of decoder that is not supported.
             RazorError: damaged JSON.
         """
-        self._json, self._where = tokenizer_json, where
+        self._json, self.where = tokenizer_json, where
         self._named = dict(named_tokens)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
@@ -97,7 +99,7 @@ class Tokenizer:
         backend = self._backend
         if not parse_special:
             if self._backend_plain is None:
-                self._backend_plain = _backend(self._json, self._where)
+                self._backend_plain = _backend(self._json, self.where)
                 self._backend_plain.encode_special_tokens = True
             backend = self._backend_plain
         return list(backend.encode(text, add_special_tokens=add_special).ids)
@@ -120,8 +122,15 @@ class Tokenizer:
         known = self._cache.get(token_id)
         if known is None:
             piece = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
-            known = self._cache[token_id] = b"" if piece is None else self._piece_bytes(piece)
+            if piece is None:  # not kept: there is no end of unknown ids
+                return b""
+            known = self._cache[token_id] = self._piece_bytes(piece)
         return known
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text of n bytes is at least n / this many ids."""
+        return max((len(self.token_bytes(i, False)) for i in range(self.vocab_size)), default=1)
 
     def named_id(self, name: str) -> int | None:
         """Id of a token by its name in the configuration (``eos_token``, ``pad_token`` …)."""
@@ -144,7 +153,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UsageError(
-                f"{self._where}: this model has no chat template; give a plain prompt instead"
+                f"{self.where}: this model has no chat template; give a plain prompt instead"
             )
         try:
             import jinja2
@@ -173,7 +182,7 @@ class Tokenizer:
             )
         except Exception as e:  # whatever a foreign template may raise
             reason = " ".join(str(e).split())[:200]
-            raise UsageError(f"{self._where}: the chat template failed: {reason}") from None
+            raise UsageError(f"{self.where}: the chat template failed: {reason}") from None
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

@@ -283,11 +283,6 @@ def _first(folder: Path, rest: str | None) -> str:
     return os.pathsep.join([str(folder), *([rest] if rest else [])])
 
 
-def stub_of(backends: Path) -> Path:
-    """Where a backends folder has the python backend's stub."""
-    return backends / "python" / "triton_python_backend_stub"
-
-
 __all__ = [
     "HOW_TO_GET",
     "PYTHON_ENV",

@@ -18,6 +18,7 @@ from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.serving.config import DynamicBatching, ModelConfig, Step
 from trt_razor.serving.interface import MODELS, Tensor
 from trt_razor.serving.parameters import ENVIRONMENT, PARAMETERS
+from trt_razor.serving.repository_files import read_marker
 from trt_razor.serving.wiring import check_models, is_own
 
 MAX_MODELS = 100
@@ -55,20 +56,7 @@ def check_repository(folder: Path, elsewhere: str | None = None) -> list[str]:
             configs.append(config)
             problems += _files(root, name, config, elsewhere)
         findings += [f"model {name!r}: {text}" for text in problems]
-    return findings + check_models(configs)
-
-
-def ensure_repository(folder: Path, elsewhere: str | None = None) -> None:
-    """``check_repository``, with an error for the first finding.
-
-    Raises:
-        RazorError: something is wrong with the repository.
-        UsageError: no such folder.
-    """
-    findings = check_repository(folder, elsewhere)
-    if findings:
-        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
-        raise RazorError(f"{folder}: {findings[0]}{more}")
+    return [*findings, *_lost_files(root), *check_models(configs)]
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -78,6 +66,16 @@ def _folders(path: Path) -> list[str]:
         return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
     except OSError as e:
         raise RazorError(f"{path}: cannot be listed: {e.strerror or e}") from None
+
+
+def _lost_files(root: Path) -> Iterator[str]:
+    """Files that were written with the repository and are gone; others tell of models and folders."""
+    listed = (read_marker(root) or {}).get("files")
+    for name in listed if isinstance(listed, list) else ():
+        path = os.path.join(root, str(name))
+        told = os.path.basename(path) in ("config.pbtxt", "model.py")
+        if not told and os.path.isdir(os.path.dirname(path)) and not os.path.exists(path):
+            yield f"{name}: is missing"
 
 
 def _inside(root: Path, path: Path) -> str | None:

@@ -32,6 +32,7 @@ class _Settings:
         tokenizer_dir: of preprocessing and postprocessing; relative = to each model's folder.
         vocab_size: of the engine, which the stock backend wants an embedding_bias to have; None = the
             tokenizer's, often smaller.
+        max_input_tokens: longest prompt of a request; None = what the engine holds.
         max_batch_size: rows of the largest request.
         max_queue_delay_microseconds: how long the server waits for more requests to hand over.
         execution_env: a Python environment for the Python models; "" = the server's.
@@ -41,6 +42,7 @@ class _Settings:
     engine_dir: str
     tokenizer_dir: str = "1/tokenizer"
     vocab_size: int | None = None
+    max_input_tokens: int | None = None
     max_batch_size: int = 8
     max_queue_delay_microseconds: int = 0
     prompt_format: str = "raw"
@@ -90,13 +92,12 @@ class OwnSettings(_Settings):
     Attributes:
         slots: sequences that generate at a time; None = the engine's max_batch_size.
         max_queue_size: requests that may wait for a slot; more are refused.
-        max_input_tokens, max_output_tokens: of one request; None = what the engine holds.
+        max_output_tokens: most tokens of an answer; None = what the engine holds.
         verify: check the engine's checksums when the model loads.
     """
 
     slots: int | None = None
     max_queue_size: int = 64
-    max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     verify: bool = True
 
@@ -169,6 +170,7 @@ def _repository(
                 "add_special_tokens": settings.add_special_tokens,
                 "prompt_format": settings.prompt_format,
                 "vocab_size": settings.vocab_size,
+                "max_input_tokens": settings.max_input_tokens,
             },
             dynamic_batching=_batching(settings, max_queue_size),
             instances=settings.preprocessing_instances,

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 PUBLISH_S = 0.25
 """Seconds between two publications of the statistics while requests run."""
 
+IDLE_PUBLISH_S = 2.0
+"""Seconds between two publications while nothing runs."""
+
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -180,7 +183,8 @@ class EngineLoop:
         """Rest until there is something to do; False when the loop is to end."""
         with self._wake:
             while not (self._closing or self._queue or self._running or self._changed):
-                self._wake.wait()
+                if not self._wake.wait(IDLE_PUBLISH_S):
+                    self._changed = True
             return not self._closing
 
     def _turn(self) -> None:

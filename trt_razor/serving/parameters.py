@@ -108,6 +108,7 @@ gpt_model_path                   path?                    -
 max_num_images                   none?                    -
 prompt_format                    raw|chat|messages        raw
 vocab_size                       int>=1?                  -
+max_input_tokens                 int>=1?                  -
 """
 _POSTPROCESSING = """
 tokenizer_dir                    folder                   !

@@ -56,7 +56,7 @@ def readme(manifest: Manifest, facts: ReadmeFacts) -> str:
     own = facts.world_size == 0
     parts = [
         _title(manifest, facts),
-        _start(manifest, facts),
+        _start(facts),
         _ask(facts) if facts.tokenizer else _ask_ids(),
         _settings(manifest, facts),
         _figures(manifest) if own else _figures_trtllm(),
@@ -132,7 +132,7 @@ def _trtllm_bytes(m: Manifest) -> list[str]:
     return lines
 
 
-def _start(m: Manifest, facts: ReadmeFacts) -> str:
+def _start(facts: ReadmeFacts) -> str:
     if facts.world_size:
         return _start_trtllm(facts)
     return """

@@ -55,8 +55,6 @@ __all__ = [
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_./,:=+@%~#-]+")
 """Paths of Python models: Triton hands them to a shell, unquoted, and to a Python that knows ASCII only."""
-THREADS = 160
-"""Of each Python model, at least: ``tensorrt_llm_bls`` holds one for each request that waits."""
 RUNTIMES = {
     "onnxruntime": ("onnxruntime",),
     "tensorrt": ("tensorrt", "cuda"),
@@ -187,6 +185,7 @@ def _plan(engine: Engine, output: Path, options: RepositoryOptions) -> _Plan:
         "engine_dir": where,
         "tokenizer_dir": f"1/{TOKENIZER_DIR}",
         "vocab_size": engine.manifest.spec.vocab_size,
+        "max_input_tokens": options.max_input_tokens or engine.manifest.max_seq_len,
         "max_batch_size": rows,
         "prompt_format": options.prompt_format,
         "add_special_tokens": options.add_special_tokens,
@@ -308,12 +307,10 @@ def _own(
         **shared,
         slots=slots,
         max_queue_size=queue,
-        max_input_tokens=longest,
         max_output_tokens=most,
         verify=options.verify,
     )
-    threads = max(THREADS, slots + queue + 32)
-    script = own_script(shared["engine_dir"], needs, threads, gpu=m.backend != "onnxruntime")
+    script = own_script(shared["engine_dir"], needs, gpu=m.backend != "onnxruntime")
     facts = dataclasses.replace(facts, queue=queue, slots=slots, max_input=longest, max_output=most)
     return own_configs(settings), script, facts
 
@@ -336,8 +333,7 @@ def _trtllm(
         data_types=DataTypes(logits=served.logits),
         parameters=trtllm_parameters(served, **given),
     )
-    threads = max(THREADS, engine.manifest.max_batch_size + queue + 32)
-    script = trtllm_script(shared["engine_dir"], needs, threads, served.ranks)
+    script = trtllm_script(shared["engine_dir"], needs, served.ranks)
     fraction = given.get("kv_cache_free_gpu_mem_fraction", FRACTION)
     facts = dataclasses.replace(
         facts,

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.serving import server_log
 from trt_razor.serving.binary import ServerBinary, check_models_run, find_server
 from trt_razor.serving.ports import check_ports, free_ports
+from trt_razor.serving.temporary import SAFE, Folder
 
 __all__ = [
     "ScriptServer",
@@ -33,12 +33,11 @@ __all__ = [
     "free_ports",
 ]
 
-_SHARED_MEMORY = Path("/dev/shm")
 _EXIT_SECONDS = 8
-"""How long the server itself waits for requests that are running when it is told to stop."""
+"""How long the server itself waits for requests that are running when it is told to stop, and a
+second more for each instance of a model: it ends their processes one after another."""
+_COUNT = re.compile(r"\bcount:\s*(\d+)")
 _INSTANCE = re.compile(r"([^/]+)_\d+_\d+")
-_SAFE = re.compile(r"[A-Za-z0-9_./@%+=:,-]+")
-"""Paths that survive the shell through which the server starts the processes of Python models."""
 _AUTO = "--disable-auto-complete-config"
 
 
@@ -89,11 +88,12 @@ class TritonServer:
         self._ports = {n: p or next(free) for n, p in names.items()}
         self._more_backends = backends
         self._extra = list(extra)
+        self._exit_seconds = _EXIT_SECONDS + _instances(repository)
         self._models = models
         self._log = log
         self._inherit = inherit
         self._die_with_us = die_with_us
-        self._folder: Path | None = None
+        self._folder: Folder | None = None
         self._said: Path | None = None
         self._last = ""
         self._shared = f"trt_razor_{os.getpid()}_{secrets.token_hex(4)}_"
@@ -148,12 +148,24 @@ class TritonServer:
         """
         if self.process is not None:
             raise RazorError("the server was started already")
-        self._folder = Path(tempfile.mkdtemp(prefix="trt_razor_server_", dir=safe_temporary()))
+        self._folder = Folder("server", self._shared)
+        try:
+            self._launch(self._folder)
+        except BaseException:
+            self._tidy()
+            raise
+
+    def _launch(self, place: Folder) -> None:
+        folder = place.path
         if not self._inherit:
-            self._said = self._log or self._folder / "server.log"
+            self._said = self._log or folder / "server.log"
             self._said.parent.mkdir(parents=True, exist_ok=True)
-        command = self._command(self._folder)
-        environment = self._environment(self._folder)
+        try:
+            command, environment = self._command(folder), self._environment(folder)
+        except OSError as e:
+            raise RazorError(
+                f"{folder}: cannot write what the server needs: {e.strerror or e}; TMPDIR names another place"
+            ) from None
         try:
             with contextlib.ExitStack() as stack:
                 log = stack.enter_context(open(self._said, "wb")) if self._said else None
@@ -165,10 +177,10 @@ class TritonServer:
                     stderr=subprocess.STDOUT if log else None,
                     env=environment,
                     start_new_session=True,
+                    pass_fds=(place.lock,),  # it may outlive this process
                     preexec_fn=_die_with_parent() if self._die_with_us else None,
                 )
         except OSError as e:
-            self._tidy()
             raise RazorError(f"{command[0]}: cannot be started: {e.strerror or e}") from None
 
     def wait_ready(
@@ -234,11 +246,12 @@ class TritonServer:
         finally:
             connection.close()
 
-    def stop(self, timeout: float = _EXIT_SECONDS + 6.0) -> int | None:
+    def stop(self, timeout: float | None = None) -> int | None:
         """Stop the server and its models and remove what they leave. May be called again.
 
         Args:
-            timeout: seconds until the processes are killed.
+            timeout: seconds until the processes are killed; None = somewhat more than the server
+                gives itself.
 
         Returns:
             The server's exit code (negative = killed by a signal), None = never started.
@@ -246,6 +259,7 @@ class TritonServer:
         process = self.process
         if process is None:
             return None
+        timeout = self._exit_seconds + 6.0 if timeout is None else timeout
         try:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -262,11 +276,8 @@ class TritonServer:
 
     def _tidy(self) -> None:
         self._last = self.log_text()
-        for left in _SHARED_MEMORY.glob(f"{self._shared}*"):
-            with contextlib.suppress(OSError):
-                left.unlink()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
     # What it says --------------------------------------------------------------------------------
@@ -291,7 +302,7 @@ class TritonServer:
     # How it is started -----------------------------------------------------------------------------
     def _command(self, folder: Path) -> list[str]:
         repository = self.repository
-        if not _SAFE.fullmatch(str(repository)):
+        if not SAFE.fullmatch(str(repository)):
             repository = folder / "repository"
             repository.symlink_to(self.repository)
         command = [str(self.binary.executable), f"--model-repository={repository}"]
@@ -300,7 +311,7 @@ class TritonServer:
         if _AUTO not in self._extra:  # the configurations are complete; asking takes a second more
             command.append(_AUTO)
         command += [
-            f"--exit-timeout-secs={_EXIT_SECONDS}",
+            f"--exit-timeout-secs={self._exit_seconds}",
             # Ours to recognise and to remove.
             f"--backend-config=python,shm-region-prefix-name={self._shared}",
         ]
@@ -345,18 +356,14 @@ class TritonServer:
         return libraries
 
 
-def safe_temporary() -> str | None:
-    """Where temporary folders for a server may lie; None = where they always do."""
-    usual = tempfile.gettempdir()
-    if _SAFE.fullmatch(usual):
-        return None
-    for folder in ("/tmp", "/var/tmp"):
-        if os.access(folder, os.W_OK):
-            return folder
-    raise UsageError(
-        f"{usual}: Triton needs a folder for temporary files whose path has plain letters only; name one "
-        "with TMPDIR"
-    )
+def _instances(repository: Path) -> int:
+    """Instances of models that a repository asks for, as far as its files say."""
+    count = 0
+    for config in repository.glob("*/config.pbtxt"):
+        with contextlib.suppress(OSError):
+            text = config.read_text(encoding="utf-8", errors="replace")
+            count += sum(min(int(n[:6]), 1000) for n in _COUNT.findall(text))
+    return count
 
 
 def _link_files(source: Path, target: Path) -> None:

@@ -54,23 +54,22 @@ class RankFacts:
     plugin_sha256: str = ""
 
 
-def own_script(engine: str, needs: PythonNeeds, threads: int, gpu: bool) -> str:
+def own_script(engine: str, needs: PythonNeeds, gpu: bool) -> str:
     """The script of an engine of ours.
 
     Args:
         engine: absolute path for the server, or relative to the folder ``tensorrt_llm``.
-        threads: of each Python model; ``tensorrt_llm_bls`` holds one for each request that waits.
         gpu: whether the engine runs on a GPU; otherwise the server does not look for one.
     """
-    lines = _HERE + _variables({"engine": engine}, needs, threads)
+    lines = _HERE + _variables({"engine": engine}, needs)
     common = _template("start_common.sh")
     if not gpu:
         common += "arguments+=(--allow-gpu-metrics=false)\n"
     return _HEADER + _HEADER_OWN + _SET + lines + common + _template("start_own.sh")
 
 
-def trtllm_script(engine: str, needs: PythonNeeds, threads: int, ranks: RankFacts) -> str:
-    """The script of a TensorRT-LLM engine. ``engine``, ``threads``: as of ``own_script``."""
+def trtllm_script(engine: str, needs: PythonNeeds, ranks: RankFacts) -> str:
+    """The script of a TensorRT-LLM engine. ``engine``: as of ``own_script``."""
     values = {
         "engine": engine,
         "world_size": str(ranks.world_size),
@@ -78,7 +77,7 @@ def trtllm_script(engine: str, needs: PythonNeeds, threads: int, ranks: RankFact
         "plugin_name": ranks.plugin,
         "plugin_sha256": ranks.plugin_sha256,
     }
-    lines = _HERE + _variables(values, needs, threads)
+    lines = _HERE + _variables(values, needs)
     body = _template("start_common.sh") + _template("start_trtllm.sh")
     return _HEADER + _HEADER_TRTLLM + _SET + lines + body
 
@@ -86,14 +85,13 @@ def trtllm_script(engine: str, needs: PythonNeeds, threads: int, ranks: RankFact
 _SET = "set -euo pipefail\n\n"
 
 
-def _variables(values: Mapping[str, str], needs: PythonNeeds, threads: int) -> str:
+def _variables(values: Mapping[str, str], needs: PythonNeeds) -> str:
     lines = []
     for name, value in values.items():
         quoted = shlex.quote(value)
         if name == "engine" and not value.startswith("/"):
             quoted = f'"$here"/tensorrt_llm/{quoted}'
         lines.append(f"{name}={quoted}\n")
-    lines.append(f"python_threads={threads}\n")
     lines.append(f"python_modules=({' '.join(map(shlex.quote, needs.modules))})\n")
     packages = " ".join(f"'{p}'" for p in needs.packages)  # as a user would type it
     lines.append(f'python_packages="{packages}"\n')

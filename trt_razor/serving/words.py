@@ -12,6 +12,8 @@ from trt_razor.models.tokenizer import Tokenizer
 
 MAX_IDS = 4096
 """Most ids in a list: every word is looked for in every step."""
+MAX_CHARACTERS = 32768
+"""Most characters of the stop words of a row: one id may be a hundred of them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ def stop_rules(words: Sequence[tuple[int, ...]], tokenizer: Tokenizer | None) ->
 
     A word stops as its ids and, with a tokenizer, as its text however that is tokenised. A single
     control token ends it as the end token does; words with control tokens have no text.
+
+    Raises:
+        UsageError: too much text to look for in every step.
     """
     texts, ids = [], []
     for word in words if tokenizer else ():
@@ -78,7 +83,13 @@ def stop_rules(words: Sequence[tuple[int, ...]], tokenizer: Tokenizer | None) ->
         text = tokenizer.decode(word)
         if text and not any(special) and "\ufffd" not in text:
             texts.append(text)
-    sequences = tuple(w for w in words if w not in {(i,) for i in ids})
+    length = sum(map(len, texts))
+    if length > MAX_CHARACTERS:
+        raise UsageError(
+            f"stop_words_list: expected at most {MAX_CHARACTERS} characters in all words, found {length}"
+        )
+    alone = {(i,) for i in ids}
+    sequences = tuple(w for w in words if w not in alone)
     return StopRules(tuple(dict.fromkeys(texts)), tuple(ids), sequences)
 
 

@@ -199,7 +199,7 @@ def _check_parameters(text: str) -> None:
         return
     kind = json.loads(text).get("request_type", "context_and_generation")
     if kind != "context_and_generation":
-        raise UsageError(f"request_type: {kind!r}: not supported by this engine; leave it out")
+        raise UsageError(f"request_type: {kind!r:.60}: not supported by this engine; leave it out")
 
 
 def _refuse(sender: Any, message: str, code: int) -> None:

@@ -67,13 +67,11 @@ class Metrics:
         return self._metric(self._family(name, text, kind))
 
     def publish(self) -> None:
-        """Send what has changed; on one thread at a time."""
+        """Send what has changed, and all gauges: when a model is loaded anew, the old one may clear
+        them after the new one has set them. On one thread at a time."""
         s = self._statistics
         for name, metric in self._gauges.items():
-            value = getattr(s, GAUGES[name][0])
-            if self._last.get(name) != value:
-                metric.set(float(value))
-                self._last[name] = value
+            metric.set(float(getattr(s, GAUGES[name][0])))
         for name, metric in self._counters.items():
             self.add(name, metric, getattr(s, COUNTERS[name][0]))
         for outcome, metric in self._requests.items():

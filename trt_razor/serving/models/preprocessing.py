@@ -17,12 +17,14 @@ import numpy as np
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.models.tokenizer import Tokenizer
 from trt_razor.serving.models import tensors
+from trt_razor.serving.models.tensors import MAX_TEXT_BYTES
 
 FORMATS = ("raw", "chat", "messages")
 ROLES = ("system", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_WORDS = 1024
 MAX_WORD_BYTES = 4096
+MAX_LIST_BYTES = 65536
 INPUTS = (
     "QUERY",
     "DECODER_QUERY",
@@ -49,12 +51,14 @@ class Preprocessor:
             spelled out in it are those tokens), ``chat`` (the text is a user's message in the
             model's chat template), ``messages`` (the text is a JSON list of role and content).
         vocab_size: of the engine; None = the tokenizer's, which may be smaller.
+        max_input_tokens: longest prompt; None = the next model decides.
     """
 
     tokenizer: Tokenizer
     add_special: bool = True
     prompt_format: str = "raw"
     vocab_size: int | None = None
+    max_input_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_format not in FORMATS:
@@ -68,6 +72,7 @@ class Preprocessor:
                 f"model has none; use raw"
             )
         t = self.tokenizer
+        self._longest_token = t.longest_token
         end = t.named_id("eos_token")
         self._end = end if end is not None else next(iter(t.eos_token_ids), -1)
         pad = t.named_id("pad_token")
@@ -133,11 +138,11 @@ class Preprocessor:
         if prompt_format == "raw":
             ids = self._encode(inputs["QUERY"], "QUERY", row, batch)
         elif prompt_format in FORMATS:
-            text = _text(inputs["QUERY"], "QUERY", row, batch)
+            text = self._text(inputs["QUERY"], "QUERY", row, batch)
             messages = [{"role": "user", "content": text}]
             if prompt_format == "messages":
                 messages = parse_messages(text, where)
-            ids = self.tokenizer.encode_chat(messages)
+            ids = self._chat(messages, prompt_format, where)
         else:
             raise UsageError(
                 f"prompt_format: expected {', '.join(FORMATS)}, found {prompt_format!r:.60}"
@@ -147,7 +152,40 @@ class Preprocessor:
         return ids
 
     def _encode(self, values: np.ndarray, name: str, row: int, batch: int) -> list[int]:
-        return self.tokenizer.encode(_text(values, name, row, batch), add_special=self.add_special)
+        text = self._text(values, name, row, batch)
+        ids = self.tokenizer.encode(text, add_special=self.add_special)
+        return self._fitting(ids, tensors.label(_public(name), row, batch))
+
+    def _chat(
+        self, messages: Sequence[Mapping[str, str]], prompt_format: str, where: str
+    ) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise UsageError(
+                f"prompt_format: '{prompt_format}' needs a chat template, and this model has none; "
+                f"use raw"
+            )
+        try:
+            return self._fitting(self.tokenizer.encode_chat(messages), where)
+        except UsageError as e:  # may name a file of this machine, which is no client's business
+            raise UsageError(str(e).removeprefix(f"{self.tokenizer.where}: ")) from None
+
+    # Limits: what cannot fit is refused before it costs seconds and gigabytes ----------------------
+    def _text(self, values: np.ndarray, name: str, row: int, batch: int) -> str:
+        where = tensors.label(_public(name), row, batch)
+        most = MAX_TEXT_BYTES
+        if self.max_input_tokens is not None:
+            # Twice: quotes and roles of JSON, and normalisers that shorten texts.
+            most = min(most, 2 * self._longest_token * self.max_input_tokens + 1024)
+        return tensors.text(tensors.one(values[row], where), where, most)
+
+    def _fitting(self, ids: list[int], where: str) -> list[int]:
+        most = self.max_input_tokens
+        if most is not None and len(ids) > most:
+            raise UsageError(
+                f"{where}: the prompt has {len(ids)} tokens, this server takes at most {most}; "
+                f"shorten it"
+            )
+        return ids
 
     # Words ----------------------------------------------------------------------------------------
     def _words(self, inputs: Mapping[str, np.ndarray], name: str, batch: int) -> np.ndarray:
@@ -251,17 +289,16 @@ def _shape(values: np.ndarray | None) -> str:
     return "nothing" if values is None else str(list(values.shape))
 
 
-def _text(values: np.ndarray, name: str, row: int, batch: int) -> str:
-    where = tensors.label(_public(name), row, batch)
-    return tensors.text(tensors.one(values[row], where), where)
-
-
 def _texts(values: np.ndarray, name: str, row: int, batch: int) -> list[str]:
     where = tensors.label(_public(name), row, batch)
     words = tensors.rows(values)[row]
     if len(words) > MAX_WORDS:
         raise UsageError(f"{where}: {len(words)} words; at most {MAX_WORDS} are accepted")
-    return [tensors.text(w, f"{where}: word {i + 1}", MAX_WORD_BYTES) for i, w in enumerate(words)]
+    texts = [tensors.text(w, f"{where}: word {i + 1}", MAX_WORD_BYTES) for i, w in enumerate(words)]
+    total = sum(map(len, words))
+    if total > MAX_LIST_BYTES:
+        raise UsageError(f"{where}: {total} bytes; at most {MAX_LIST_BYTES} are accepted")
+    return texts
 
 
 def _column(
@@ -290,7 +327,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the tokenizer. Parameters: ``tokenizer_dir``, ``add_special_tokens``,
-        ``prompt_format``, ``vocab_size``; ``multimodal_model_path`` must be empty."""
+        ``prompt_format``, ``vocab_size``, ``max_input_tokens``; ``multimodal_model_path`` must be empty."""
         try:
             given = tensors.parameters(args)
             if "multimodal_model_path" in given:
@@ -300,6 +337,7 @@ class TritonPythonModel:
                 tensors.flag(given, "add_special_tokens", True),
                 given.get("prompt_format", "raw"),
                 tensors.size(given, "vocab_size"),
+                tensors.size(given, "max_input_tokens"),
             )
         except RazorError as e:
             raise tensors.load_failure(e) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -121,14 +122,20 @@ class Answer:
     def _send_response(self, response: Any, final: bool) -> None:
         sender = self._sender
         if final:
-            # From here on nobody may touch it, not even if sending fails.
+            # From here on nobody may ask it anything, not even if sending fails.
             self._sender = None
             self._on_end(self)
         flags = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        if response is None:
-            sender.send(flags=flags)
-        else:
-            sender.send(response, flags=flags)
+        try:
+            if response is None:
+                sender.send(flags=flags)
+            else:
+                sender.send(response, flags=flags)
+        except Exception:
+            if final:
+                with contextlib.suppress(Exception):  # that it was closed after all is no harm
+                    sender.send(flags=flags)  # without it a client waits for ever
+            raise
 
     # Tensors ----------------------------------------------------------------------------------
     def _tensors(self, i: int, finished: str | None) -> list[Any]:

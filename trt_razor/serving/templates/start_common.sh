@@ -17,7 +17,6 @@ arguments=(
     --grpc-address="$address" --grpc-port="${GRPC_PORT:-8001}"
     --metrics-address="$address" --metrics-port="${METRICS_PORT:-8002}"
     --disable-auto-complete-config
-    "--backend-config=python,thread-pool-size=$python_threads"
 )
 
 # Sets `server`; empty if there is no program of that name.

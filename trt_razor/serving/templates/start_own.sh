@@ -21,7 +21,7 @@ from trt_razor.serving.server import TritonServer, find_server
 def serve(python, repository, address, http, grpc, metrics, *extra):
     server = TritonServer(
         Path(repository), find_server(Path(python)), int(http), int(grpc), int(metrics), address,
-        extra=extra, inherit=True,
+        extra=extra, inherit=True, die_with_us=True,
     )
     with server:
         try:
@@ -31,5 +31,4 @@ def serve(python, repository, address, http, grpc, metrics, *extra):
     return 0
 
 sys.exit(guarded(lambda: serve(*sys.argv[1:])))' "$python" "$here" "$address" \
-    "${HTTP_PORT:-8000}" "${GRPC_PORT:-8001}" "${METRICS_PORT:-8002}" --disable-auto-complete-config \
-    --backend-config=python,thread-pool-size="$python_threads" "$@"
+    "${HTTP_PORT:-8000}" "${GRPC_PORT:-8001}" "${METRICS_PORT:-8002}" --disable-auto-complete-config "$@"

@@ -126,7 +126,7 @@ class TritonPythonModel:
         request_id = request.request_id()
         if "stop" in tensors and bool(np.ravel(tensors["stop"])[0]):
             if not request_id:
-                raise BadRequest("Trying to stop a request but request ID is not provided")
+                raise BadRequest("stop: expected a request id, found none")
             with self.condition:
                 for active in self.active:
                     active.cancelled |= active.request_id == request_id
@@ -207,7 +207,7 @@ class TritonPythonModel:
         row.sent = len(row.out)
         for name in ("output_ids", "sequence_length"):
             if name not in active.wanted:
-                raise BadRequest(f"{name} tensor must be present in list of output tensors")
+                raise BadRequest(f"{name}: required among the outputs asked for")
         echo = () if asked.streaming or asked.exclude_input else asked.prompt
         ids = [*echo, *new]
         values: dict[str, Any] = {
@@ -260,7 +260,7 @@ class _Figures:
         labels = {"model": model, "version": version}
         family = pb_utils.MetricFamily(
             name="nv_trt_llm_request_metrics",
-            description="TRT LLM request metrics",
+            description="Requests by state",
             kind=pb_utils.MetricFamily.GAUGE,
         )
         made = pb_utils.MetricFamily(

@@ -155,14 +155,14 @@ def _check(said: Mapping[str, Any]) -> None:
         )
     path = said.get("gpt_model_path", "")
     if not os.path.exists(path):
-        raise Refused(f"Both encoder and decoder model paths are empty (gpt_model_path {path!r})")
+        raise Refused(f"gpt_model_path: expected the engine, found {path!r}")
     if "encoder_model_path" in said:
         raise Refused("encoder_model_path: expected none for a decoder")
     for key, known in (("batch_scheduler_policy", _POLICIES), ("decoding_mode", _MODES)):
         if key in said and said[key] not in known:
             raise Refused(f"{key}: {said[key]!r} is replaced by the default in the stock backend")
     if said.get("guided_decoding_backend", "xgrammar") != "xgrammar":
-        raise Refused("Guided decoding is currently supported with 'xgrammar' backend.")
+        raise Refused("guided_decoding_backend: expected xgrammar")
     for key in ("kv_cache_free_gpu_mem_fraction", "gpu_weights_percent"):
         if not 0 < said.get(key, 1) <= 1:
             raise Refused(f"{key}: expected 0 .. 1, found {said[key]}")

@@ -71,20 +71,18 @@ def read_request(
     """
     ids = tensors.get("input_ids")
     if ids is None:
-        raise BadRequest("inputTokens or encoderInputFeatures tensor not provided")
+        raise BadRequest("input_ids: required")
     if ids.ndim != 2:
-        raise BadRequest("Expected inputTokens tensors to have 2 dimensions")
+        raise BadRequest("input_ids: expected 2 dimensions")
     rows = len(ids)
     if rows > 1 and not decoupled:
-        raise BadRequest(
-            "Batch size > 1 requires the tensorrt_llm backend to be using decoupled transaction policy"
-        )
+        raise BadRequest("several rows need a decoupled model")
     lengths = tensors.get("input_lengths")
     if rows > 1 and lengths is None:
-        raise BadRequest("input lengths tensor not provided")
+        raise BadRequest("input_lengths: required")
     streaming = _flag(tensors, "streaming")
     if streaming and not decoupled:
-        raise BadRequest("Streaming is only supported if model is deployed using decoupled mode.")
+        raise BadRequest("streaming needs a decoupled model")
     out = []
     for row in range(rows):
         prompt = ids[row]
@@ -128,12 +126,12 @@ def _row(
         if value is None:
             return None
         if np.size(value) != 1:
-            raise BadRequest(f"Invalid size for tensor {name}")
+            raise BadRequest(f"{name}: another size")
         return np.ravel(value)[0].item()
 
     wanted = scalar("request_output_len")
     if wanted is None:
-        raise BadRequest("request_output_len is not present in the request")
+        raise BadRequest("request_output_len: required")
     for name, values in _NEUTRAL.items():
         if scalar(name) not in (None, *values):
             raise BadRequest(f"{name}: not supported by this engine: {scalar(name)}")
@@ -148,19 +146,14 @@ def _row(
     if top_p is not None and not (top_p <= 1):
         raise BadRequest(f"runtime_top_p: expected <= 1, found {top_p}")
     if not 1 <= len(prompt) <= max_input_len:
-        raise BadRequest(
-            f"Prompt length ({len(prompt)}) exceeds maximum input length ({max_input_len})."
-        )
+        raise BadRequest(f"input_ids: expected 1 .. {max_input_len} ids, found {len(prompt)}")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise BadRequest("input token ID out of range")
+        raise BadRequest("input_ids: an id out of range")
     if wanted < 1:
-        raise BadRequest(f"maxNewTokens: expected > 0, found {wanted}")
+        raise BadRequest(f"request_output_len: expected > 0, found {wanted}")
     bias = tensors.get("embedding_bias")
     if bias is not None and np.size(bias) not in (0, vocab_size):
-        raise BadRequest(
-            "The embedding bias shape is not as expected. Expected last dimension to be same as "
-            f"vocab size: {vocab_size}."
-        )
+        raise BadRequest(f"embedding_bias: expected {vocab_size} numbers, found {np.size(bias)}")
     end_id, excluded = scalar("end_id"), scalar("exclude_input_in_output")
     return Asked(
         prompt=prompt,
@@ -185,18 +178,18 @@ def sparse_list(value: np.ndarray[Any, Any] | None) -> tuple[tuple[int, ...], ..
     flat = [int(x) for x in np.ravel(value)]
     shown = ", ".join(map(str, flat))
     if len(flat) % 2:
-        raise BadRequest(f"Sparse list must not have odd length: {shown}")
+        raise BadRequest(f"word list: odd length: {shown}")
     half = len(flat) // 2
     ids, offsets = flat[:half], flat[half:]
     ends = offsets[: offsets.index(-1)] if -1 in offsets else offsets
     if any(x != -1 for x in offsets[len(ends) :]):
-        raise BadRequest(f"Sparse list must not have additional -1s: {shown}")
+        raise BadRequest(f"word list: -1 in the middle: {shown}")
     words, start = [], 0
     for end in ends:
         if not 0 <= end <= half:
-            raise BadRequest(f"Sparse list must not have out-of-bound offsets: {shown}")
+            raise BadRequest(f"word list: an end beyond the ids: {shown}")
         if end <= start:
-            raise BadRequest(f"Sparse list must not have non-increasing offsets: {shown}")
+            raise BadRequest(f"word list: ends that do not rise: {shown}")
         words.append(tuple(ids[start:end]))
         start = end
     return tuple(words)
