@@ -158,6 +158,7 @@ class Benchmark:
         rng = np.random.default_rng(1)
         found: dict[str, tuple[list[Any], list[Any]]] = {t.kind: ([], []) for t in targets}
         for turn in range(self.args.rounds + 1):
+            bars("probes", turn, self.args.rounds + 1)
             for target in targets if turn % 2 else targets[::-1]:
                 if target.kind not in found:
                     continue  # it failed, and that was told
@@ -173,7 +174,7 @@ class Benchmark:
                 if turn:
                     for values, value in zip(found[target.kind], one, strict=True):
                         values += [value] if value else []
-            bars("probes", turn + 1, self.args.rounds + 1)
+        bars("probes", self.args.rounds + 1, self.args.rounds + 1)
         for kind, (together, waits) in found.items():
             self.probes[kind] = self._probe_document(kind, together, waits, trial, bool(chunk))
 

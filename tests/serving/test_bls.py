@@ -282,6 +282,15 @@ def test_an_error_nobody_foresaw_ends_the_request(rig: Rig) -> None:
 
 # Clients that leave, and many one after another -------------------------------------------------
 @pytest.mark.parametrize("decoupled", [True, False])
+def test_a_client_that_left_in_the_queue_costs_nothing(rig: Rig, decoupled: bool) -> None:
+    r = request("hi")
+    r.sender.cancelled = True
+    rig.load(decoupled).execute([r])
+    assert rig.seen == []
+    assert not texts(r) if decoupled else r.sender.error() == "cancelled"
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
 def test_a_client_that_leaves_stops_the_engine(
     rig: Rig, decoupled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,7 +249,7 @@ def test_token_client_without_streaming_needs_a_model_that_is_not_decoupled(
     target: Target,
 ) -> None:
     """So it is with the stock backend."""
-    with pytest.raises(ClientFailed, match="rows need a decoupled"):
+    with pytest.raises(ClientFailed, match="decoupled transaction policy"):
         ask_engine(target, "abc", streaming=False)
 
 

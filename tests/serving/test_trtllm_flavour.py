@@ -213,17 +213,20 @@ def wait_idle(server: Server) -> None:
 
 @pytest.mark.parametrize("model", ("tensorrt_llm_bls", "tensorrt_llm"))
 def test_client_that_leaves_frees_the_engine(model: str, trtllm_server: Server) -> None:
-    before = made(trtllm_server)
     if model == "tensorrt_llm":
-        values = rig.direct([5, 6, 7], MAX_SEQ_LEN - 10, streaming=True)
+        values = rig.direct([5, 6, 7], MAX_SEQ_LEN - 20, streaming=True)
     else:
         values = {"text_input": "for ever ", "max_tokens": MAX_SEQ_LEN - 20, "stream": True}
-    stream = rig.Stream(trtllm_server.grpc, model, values)
-    for _ in range(5):
-        stream.next()
-    stream.cancel()
-    wait_idle(trtllm_server)
-    assert 5 <= made(trtllm_server) - before < MAX_SEQ_LEN / 2
+    for _ in range(5):  # on a busy machine the stand-in may be done before anybody has looked
+        before = made(trtllm_server)
+        stream = rig.Stream(trtllm_server.grpc, model, values)
+        for _ in range(5):
+            stream.next()
+        stream.cancel()
+        wait_idle(trtllm_server)
+        if 5 <= made(trtllm_server) - before < MAX_SEQ_LEN / 2:
+            return
+    raise AssertionError("it went on to its end, every time")
 
 
 def test_stop_request_with_the_same_id(trtllm_server: Server) -> None:

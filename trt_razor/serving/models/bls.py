@@ -10,6 +10,7 @@ request with the same id. A client that leaves before the first token is noticed
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,7 @@ class Call:
         self.over = False  # no more text is wanted: the client left, or a stop word was found
         self._decoupled = decoupled
         self._sender = request.get_response_sender()
-        self._looked = time.monotonic()
+        self._looked = -math.inf
 
     def send(self, outputs: Sequence[Any]) -> None:
         """A response of a stream, or the only one."""
@@ -129,7 +130,8 @@ class Bls:
         call = Call(request, self._settings.decoupled)
         error: BaseException | None = None
         try:
-            self._answer(call)
+            if not call.client_left():  # while it waited in Triton's queue
+                self._answer(call)
         except RazorError as e:
             error = e
         except Exception as e:  # a client must not wait for ever
