@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fake_session import NAN, FakeSession, alone, mixed
 
-from trt_razor.errors import RazorError
+from trt_razor.errors import RazorError, UsageError
 from trt_razor.generate import Event, Generator, SamplingParams
 from trt_razor.serving.loop import EngineLoop, Job, LoopClosed, QueueFull
 from trt_razor.serving.statistics import Statistics
@@ -194,10 +194,13 @@ def test_a_full_queue_refuses_and_takes_again(make: Callable[..., EngineLoop], s
 def test_rows_come_in_together_or_not_at_all(make: Callable[..., EngineLoop]) -> None:
     session = Gate(2)
     loop = make(session, 1)
-    with pytest.raises(QueueFull, match="4 rows"):
+    with pytest.raises(UsageError, match=r"^this request has 4 rows, .* never take more than 3; "):
         loop.submit(*[Client([i]).job for i in range(4)])
     rows = [Client([i]) for i in range(3)]
-    loop.submit(*[c.job for c in rows])
+    loop.submit(rows[0].job)
+    with pytest.raises(QueueFull, match=r"try again later \(this request has 3 rows\)$"):
+        loop.submit(*[Client([i]).job for i in range(3)])
+    loop.submit(*[c.job for c in rows[1:]])
     session.free.set()
     assert [c.wait() for c in rows] == ["length"] * 3
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trt_razor.errors import RazorError
+from trt_razor.errors import RazorError, UsageError
 from trt_razor.generate import Event, Generator
 from trt_razor.sampling import SamplingParams
 from trt_razor.serving.statistics import Statistics
@@ -122,11 +122,18 @@ class EngineLoop:
         """Queue jobs in order, all or none.
 
         Raises:
-            QueueFull: no room for all of them. LoopClosed: after ``close``.
+            QueueFull: no room for all of them. LoopClosed: after ``close``. UsageError: more than
+                there ever is room for.
         """
         with self._wake:
             if self._closing:
                 raise LoopClosed(self._closing)
+            most = self.max_queue_size + self.slots
+            if len(jobs) > most:
+                raise UsageError(
+                    f"this request has {len(jobs)} rows, and {self.slots} slots with a queue of "
+                    f"{self.max_queue_size} never take more than {most}; send fewer rows"
+                )
             free = max(0, self.slots - self._busy)
             room = self.max_queue_size + free - len(self._queue)
             if len(jobs) > room:
