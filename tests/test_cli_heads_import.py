@@ -106,6 +106,7 @@ def test_refusals(capsys: Capture, tiny_model: TinyModel, table: Path, tmp_path:
     argv = ["heads", "import", table, "--checkpoint", tiny_model.folder]
     refused(capsys, "no model", "heads", "import", table)
     refused(capsys, "these are the heads of another model", *argv[:3], "--model", "qwen-72b")
+    refused(capsys, "as 'qwen-72b' has", "heads", "--model", "qwen-72b", "import", table)
     refused(capsys, "expected one of them, found both", *argv, "--share", "1", "--threshold", "1")
     refused(capsys, "share: expected a share", *argv, "--share", "2")
     refused(capsys, "threshold: expected a finite number", *argv, "--threshold", "nan")
