@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_razor import __version__, cli_serving
+from trt_razor import __version__, cli_heads_import, cli_serving
 from trt_razor import cli_arguments as arguments
 from trt_razor.cli_arguments import BUILD_EPILOG, Parser, policy, policy_options
 from trt_razor.console import Bars, err, fail, guarded, out, say
@@ -50,9 +50,9 @@ def build_main(argv: Sequence[str] | None = None) -> int:
 def heads_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``build_scripts/find_heads.py``: ``trt-razor heads`` under its own name."""
     parser = Parser(prog="find_heads.py", description="Find the retrieval heads of a checkpoint.")
-    arguments.heads_arguments(parser)
+    _heads_command(parser)
     args = parser.parse_args(argv)
-    return guarded(lambda: _heads(args))
+    return guarded(lambda: int(args.run(args)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,8 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "find the retrieval heads of a checkpoint"
     p = commands.add_parser("heads", help=text, description=f"{text.capitalize()}.")
-    arguments.heads_arguments(p)
-    p.set_defaults(run=_heads)
+    _heads_command(p)
     text = "memory and batch sizes, from the config alone"
     p = commands.add_parser("plan", help=text, description=f"{text.capitalize()}.")
     arguments.plan_arguments(p)
@@ -92,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # heads ----------------------------------------------------------------------------------------
+def _heads_command(parser: argparse.ArgumentParser) -> None:
+    arguments.heads_arguments(parser)
+    parser.set_defaults(run=_heads)
+    cli_heads_import.add_command(parser)
+
+
 def _heads(args: argparse.Namespace) -> int:
     from trt_razor.build import safe_name
     from trt_razor.heads.find import FindOptions, examine_heads
@@ -116,18 +121,9 @@ def _heads(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", "heads", "finding heads")
     checkpoint = open_checkpoint(args.model, args.checkpoint)
-    output = args.output or Path("engines") / f"{safe_name(checkpoint.spec.name)}.heads.json"
-    plot = None if args.no_plot else args.plot or output.with_suffix(".png")
     # Before the minutes of scoring, not after them.
-    for path in (output, plot):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path}: is a folder; expected the name of a file")
-    if plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise MissingExtra("matplotlib", "heads", "drawing the heat map (or --no-plot)")
-        from trt_razor.heads.heatmap import check_name
-
-        check_name(plot)
+    name = f"{safe_name(checkpoint.spec.name)}.heads.json"
+    output, plot = cli_heads_import.outputs(args, name)
     with Bars() as bars:
         found = examine_heads(checkpoint, options, bars)
     head_map = found.head_map

@@ -186,12 +186,15 @@ def _title(head_map: HeadMap) -> str:
         f"({head_map.share:.1%})"
     ]
     options = head_map.options
-    parts = [f"method {head_map.method}"]
+    origin = options.get("format") if head_map.method == "import" else None
+    parts = [f"method {head_map.method}" + (f" of {origin}" if isinstance(origin, str) else "")]
     for key, text in (
         ("induction_share", "induction {:.0%}"),
         ("echo_share", "echo {:.0%}"),
         ("min_echo", "at least {} echo heads"),
         ("combined_share", "share {:.0%}"),
+        ("share", "share {:.0%}"),
+        ("threshold", "score at least {:g}"),
         ("window", "window {} tokens"),
     ):
         if isinstance(options.get(key), (int, float)):
