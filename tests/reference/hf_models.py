@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from torch import Tensor
 
@@ -53,12 +54,19 @@ class HfModel:
         )
 
 
-def make_hf_model(folder: Path, architecture: str, window: int | None = None) -> HfModel:
+def make_hf_model(
+    folder: Path, architecture: str, window: int | None = None, embedding: float = 1.0
+) -> HfModel:
+    """``embedding`` scales the embeddings: tokens of random weights are all alike otherwise."""
     fields = {"max_position_embeddings": MAX_POSITIONS, "torch_dtype": "float32"}
     write_model(folder, **CONFIGS[architecture], **fields)
     if architecture == "mistral":  # write_model leaves None out, and absent means 4096
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "sliding_window": window}))
+    if embedding != 1.0:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"] *= embedding
+        save_file(weights, folder / "model.safetensors")
     return HfModel(folder, open_checkpoint(None, folder).spec)
 
 

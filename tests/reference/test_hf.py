@@ -38,10 +38,12 @@ ONES = [1] * 400
 # Rounding: the logits here are of order 1, Razor and dense differ by more than 0.1.
 CLOSE, FAR = 1e-5, 0.1
 
-HEAD_CHOICES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "mixed": HEADS,
-    "unequal": ((), (0, 1)),
-    "no retrieval": ((), ()),
+HEAD_CHOICES: dict[str, tuple[tuple[tuple[int, ...], ...], int]] = {  # heads and M
+    "mixed, M = 0": (HEADS, 0),
+    "mixed, M = 1": (HEADS, 1),
+    "mixed, M = 8": (HEADS, 8),
+    "unequal, M = 8": (((), (0, 1)), 8),
+    "no retrieval, M = 1": (((), ()), 1),
 }
 SCHEDULES: dict[str, tuple[RazorPolicy, list[int]]] = {
     # D(n) becomes 1 at n = 11: one token at a time over it, and chunks that end before, at, after.
@@ -90,12 +92,12 @@ def test_every_architecture_equals_the_reference(any_model: HfModel, comp_tokens
 
 
 @pytest.mark.usefixtures("small_growth")
-@pytest.mark.parametrize("comp_tokens", [0, 1, 8])
-@pytest.mark.parametrize("heads", HEAD_CHOICES)
+@pytest.mark.parametrize("choice", HEAD_CHOICES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_boundaries(llama: HfModel, schedule: str, heads: str, comp_tokens: int) -> None:
+def test_boundaries(llama: HfModel, schedule: str, choice: str) -> None:
     policy, chunks = SCHEDULES[schedule]
-    policy, head_map = policy.with_(comp_tokens=comp_tokens), llama.head_map(*HEAD_CHOICES[heads])
+    heads, comp_tokens = HEAD_CHOICES[choice]
+    policy, head_map = policy.with_(comp_tokens=comp_tokens), llama.head_map(*heads)
     tokens = TOKENS[: sum(chunks)]
     want = reference_logits(llama.decoder(), tokens, chunks, policy, head_map)
     model = llama.load()

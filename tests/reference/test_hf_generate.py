@@ -32,7 +32,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 263}
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> HfModel:
-    return make_hf_model(tmp_path_factory.mktemp("hf") / "llama", "llama")
+    return make_hf_model(tmp_path_factory.mktemp("hf") / "llama", "llama", embedding=20.0)
 
 
 def reference_tokens(
@@ -77,11 +77,11 @@ def test_greedy_tokens_equal_the_engines(llama: HfModel, tmp_path: Path) -> None
 
 def test_prefill_in_chunks(llama: HfModel) -> None:
     heads, prompt, model = llama.head_map(*HEADS), TOKENS[:50].tolist(), llama.load()
-    whole = reference_tokens(llama.decoder(), heads, prompt, [50], 60)
-    want = reference_tokens(llama.decoder(), heads, prompt, [7] * 7 + [1], 60)
+    whole = reference_tokens(llama.decoder(), heads, prompt, [50], 30)
+    want = reference_tokens(llama.decoder(), heads, prompt, [7] * 7 + [1], 30)
     with hf.enable(model, heads, POLICY):
-        assert generate(model, prompt, 60, prefill_chunk_size=7) == want
-        assert generate(model, prompt, 60) == whole
+        assert generate(model, prompt, 30, prefill_chunk_size=7) == want
+        assert generate(model, prompt, 30) == whole
     assert want != whole
 
 
@@ -93,7 +93,7 @@ def test_a_left_padded_batch(llama: HfModel) -> None:
     with hf.enable(model, heads, POLICY):
         for chunk in (None, 9):
             out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=50, prefill_chunk_size=chunk, **GREEDY
+                ids, attention_mask=mask, max_new_tokens=20, prefill_chunk_size=chunk, **GREEDY
             )
             for b, n in enumerate(lengths):
                 pieces, at = [], 0
@@ -102,7 +102,7 @@ def test_a_left_padded_batch(llama: HfModel) -> None:
                     pieces += [real] if real else []
                     at += real
                 prompt = ids[b, 40 - n :].tolist()
-                want = reference_tokens(llama.decoder(), heads, prompt, pieces, 50)
+                want = reference_tokens(llama.decoder(), heads, prompt, pieces, 20)
                 assert out[b, 40 - n :].tolist() == want
 
 
@@ -213,7 +213,7 @@ def test_smollm2_finds_the_number_of_the_demo() -> None:
 
     def answer(heads: HeadMap) -> str:
         with hf.enable(model, heads, policy):
-            tokens = generate(model, prompt, 24, eos_token_id=end, pad_token_id=end[0])
+            tokens = generate(model, prompt, 12, eos_token_id=end, pad_token_id=end[0])
         return tokenizer.decode(tokens[len(prompt) :])
 
     assert "48213" in answer(recipe)
