@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 sys.path.insert(0, str(Path(__file__).parent))
+import transformers
 from hf_models import TOKENS, HfModel, make_hf_model
+from packaging.version import Version
 from tiny_models import TinyModel
 
 from trt_razor.errors import RazorError, UsageError
@@ -26,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "engines" / "recipes" / "smollm2-135m.heads.json"
 POLICY = RazorPolicy(sink_tokens=2, min_window=8, compression=5, comp_tokens=1)
 HEADS = ((0,), ())
+# transformers 4 counts a padded row's positions in another way there: dense models go wrong, too.
+CHUNKS_OF_PADDED_ROWS = Version(transformers.__version__) >= Version("5")
 # transformers takes the padding token for padding wherever it is: one that no prompt has.
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 263}
 
@@ -91,7 +95,7 @@ def test_a_left_padded_batch(llama: HfModel) -> None:
     for b, n in enumerate(lengths):
         ids[b, 40 - n :], mask[b, 40 - n :] = TOKENS[b * 50 : b * 50 + n], 1
     with hf.enable(model, heads, POLICY):
-        for chunk in (None, 9):
+        for chunk in (None, 9) if CHUNKS_OF_PADDED_ROWS else (None,):
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=20, prefill_chunk_size=chunk, **GREEDY
             )

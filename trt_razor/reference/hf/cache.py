@@ -82,7 +82,6 @@ class RazorLayer(CacheLayerMixin):
                 f"model was run with another attention implementation, or changes its keys on the way"
             )
         self._pending = True
-        key_states = key_states.view_as(key_states)  # a tensor of our own to hang the mark on
         setattr(key_states, _LAYER, self)
         return key_states, value_states
 
