@@ -217,7 +217,7 @@ def test_smollm2_finds_the_number_of_the_demo() -> None:
 
     def answer(heads: HeadMap) -> str:
         with hf.enable(model, heads, policy):
-            tokens = generate(model, prompt, 12, eos_token_id=end, pad_token_id=end[0])
+            tokens = generate(model, prompt, 24, eos_token_id=end, pad_token_id=end[0])
         return tokenizer.decode(tokens[len(prompt) :])
 
     assert "48213" in answer(recipe)
