@@ -65,6 +65,13 @@ class FullHeadsCache:
         self.full_v[:, self.n : end] = v
         self.n = end
 
+    def grow(self, n_max: int) -> None:
+        """Make room for ``n_max`` tokens; what is cached moves to the new tensors."""
+        every = torch.arange(self.n, device=self.full_k.device)
+        self.full_k = _moved(self.full_k, every, every, n_max)
+        self.full_v = _moved(self.full_v, every, every, n_max)
+        self.n_max = n_max
+
 
 class LocalHeadsCache:
     """Local heads of one layer: sinks, a ring of recent tokens, M compensation tokens.
@@ -117,8 +124,12 @@ class LocalHeadsCache:
 
     def kept_positions(self) -> Tensor:
         """Positions held as rows of their own, ascending: sinks, then the window. int64."""
-        every = torch.arange(self.n, device=self.local_k.device)
-        return every[self._is_kept(every, self.policy.dropped(self.n))]
+        # Not a choice among all positions: a step must cost the same however many were dropped.
+        device, sinks = self.local_k.device, min(self.n, self.policy.sink_tokens)
+        first = sinks + self.policy.dropped(self.n)
+        return torch.cat(
+            [torch.arange(sinks, device=device), torch.arange(first, self.n, device=device)]
+        )
 
     def row_of(self, positions: Tensor) -> Tensor:
         """Row of ``local_k`` in which each (kept) position lives."""
@@ -172,6 +183,16 @@ class LocalHeadsCache:
         self.local_k[:, index] = k[:, positions - start]
         self.local_v[:, index] = v[:, positions - start]
         self.n = end
+
+    def grow(self, n_max: int) -> None:
+        """Lay out the ring for sequences of up to ``n_max`` tokens, as a new cache would have it."""
+        kept, old = self.kept_positions(), self.ring_rows
+        source = self.row_of(kept)
+        self.n_max, self.ring_rows = n_max, self.policy.ring_rows(n_max)
+        if self.ring_rows != old:
+            target, rows = self.row_of(kept), self.policy.local_rows(n_max)
+            self.local_k = _moved(self.local_k, source, target, rows)
+            self.local_v = _moved(self.local_v, source, target, rows)
 
     def _is_kept(self, positions: Tensor, gone: int) -> Tensor:
         sinks = self.policy.sink_tokens
@@ -280,6 +301,33 @@ class LayerCache:
         self.n += q.shape[1]
         return out.flatten(0, 1)
 
+    def grow(self, n_max: int) -> None:
+        """Make room for sequences of up to ``n_max`` tokens, never for fewer than before."""
+        if n_max <= self.n_max:
+            return
+        for part in (self.full, self.local):
+            if part is not None:
+                part.grow(n_max)
+        self.n_max = n_max
+
+    def set_length(self, n: int) -> None:
+        """Count ``n`` tokens: after kernels have written more of them, or to forget the last ones.
+
+        Raises:
+            RazorError: fewer tokens than now, and local heads have dropped some: what a compensation
+                token has taken in cannot be taken out again.
+        """
+        dropped = self.local.policy.dropped(self.n) if self.local is not None else 0
+        if n < self.n and dropped:
+            raise RazorError(
+                f"cache: {dropped} of its {self.n} tokens were dropped by local heads; it cannot go "
+                f"back to {n} tokens"
+            )
+        for part in (self.full, self.local):
+            if part is not None:
+                part.n = n
+        self.n = n
+
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         tokens = q.shape[1] if q.dim() == 3 else 0
         for name, x, heads in (
@@ -340,3 +388,10 @@ def _room(cached: int, new: int, n_max: int) -> int:
             f"make the cache with a larger n_max or shorten the prompt"
         )
     return cached + new
+
+
+def _moved(x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
+    """A tensor with ``rows`` rows a head whose rows ``target`` are the rows ``source`` of ``x``."""
+    out = x.new_zeros(x.shape[0], rows, x.shape[2])
+    out[:, target] = x[:, source]
+    return out
