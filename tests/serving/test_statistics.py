@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +90,30 @@ def test_a_reload_goes_on_counting_and_unloading_clears_gauges() -> None:
         assert [triton.metric(n) for n in (*gauges, "kv_cache_bytes_allocated")] == [0] * 5
     assert triton.metric("generated_tokens_total") == 10
     assert triton.metric("inter_token_seconds_count") == 2
+
+
+def test_what_the_server_holds_is_never_collected() -> None:
+    """Not when Python ends either, when the way to the server is gone."""
+    code = (
+        "import fake_triton, sys\n"
+        "from trt_razor.serving.models.metrics import Metrics\n"
+        "from trt_razor.serving.statistics import Statistics\n"
+        "triton = fake_triton.FakeTriton()\n"
+        "class Family(triton.MetricFamily):\n"
+        "    def __del__(self): print('collected')\n"
+        "    def Metric(self, labels):\n"
+        "        kind = type('M', (), {'__del__': lambda self: print('collected')})\n"
+        "        return kind()\n"
+        "triton.MetricFamily = Family\n"
+        "Metrics(triton, Statistics(4, 1000), {'model': 'm', 'version': '1'})\n"
+        "print('end')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "end\n"

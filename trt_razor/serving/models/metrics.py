@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from trt_razor.serving.statistics import Histogram, Statistics
@@ -58,10 +59,10 @@ class Metrics:
             name=PREFIX + name, description=text, kind=getattr(self._pb.MetricFamily, kind)
         )
         self._families.append(family)
-        return family
+        return _for_ever(family)
 
     def _metric(self, family: Any, **labels: str) -> Any:
-        return family.Metric(labels={**self._labels, **labels})
+        return _for_ever(family.Metric(labels={**self._labels, **labels}))
 
     def _one(self, name: str, text: str, kind: str) -> Any:
         return self._metric(self._family(name, text, kind))
@@ -85,6 +86,13 @@ class Metrics:
         if more > 0:
             metric.increment(float(more))
             self._last[key] = total
+
+
+def _for_ever(thing: Any) -> Any:
+    """Never collected: destructors that run when Python ends find the link to the server gone, and
+    the process of the model dies of it (Triton 2.51, each time)."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    return thing
 
 
 class _HistogramMetrics:
