@@ -233,10 +233,17 @@ class PerfAnalyzer:
         command += ["--streaming", "--input-data", str(inputs)]
         command += ["--concurrency-range", str(load.concurrency)]
         command += ["--request-count", str(len(load.prompts)), "--profile-export-file", str(export)]
-        status = run_tool(command, {**os.environ, **self.environment}, log, limit)
-        if status != 0 or not export.exists():
-            raise RazorError(f"perf_analyzer: exit status {status}: {reason(log)}")
-        return export_figures(read_export(export, "perf_analyzer"), load)
+        for last in (False, True):
+            status = run_tool(command, {**os.environ, **self.environment}, log, limit)
+            if status != 0 or not export.exists():
+                raise RazorError(f"perf_analyzer: exit status {status}: {reason(log)}")
+            try:
+                found = read_export(export, "perf_analyzer")
+                break
+            except RazorError:  # now and then it ends before all of the file is written
+                if last:
+                    raise
+        return export_figures(found, load)
 
 
 @dataclass(frozen=True)

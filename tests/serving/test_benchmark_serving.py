@@ -117,6 +117,26 @@ def test_unfinished_export(tmp_path: Path) -> None:
     assert serving_load.read_export(path, "tool")["version"] == "2.51.0"
 
 
+@pytest.mark.parametrize("good", [2, 3], ids=["second", "never"])
+def test_an_export_that_was_cut_off_is_made_again_once(tmp_path: Path, good: int) -> None:
+    """perf_analyzer ends now and then with status 0 and half a file."""
+    whole, runs = tmp_path / "whole.json", tmp_path / "runs"
+    whole.write_text(json.dumps(export(*TWO)))
+    body = (
+        f"echo >> {runs}; while [ $# -gt 1 ]; do shift; done\n"  # the export's path comes last
+        f"if [ $(wc -l < {runs}) -ge {good} ]; then cp {whole} $1; else head -c 99 {whole} > $1; fi"
+    )
+    tool = serving_load.PerfAnalyzer(script(tmp_path / "tool", body), "2.51.0")
+    load = Load(2, 3, ["x", "y"])
+    if good == 2:
+        found = tool.measure(load, "127.0.0.1:1", "ensemble", tmp_path, 30)
+        assert found["requests"] == 2
+    else:
+        with pytest.raises(RazorError, match="unfinished or damaged"):
+            tool.measure(load, "127.0.0.1:1", "ensemble", tmp_path, 30)
+    assert runs.read_text().count("\n") == 2
+
+
 def test_figures_of_genai_perf() -> None:
     times = {"unit": "ms", "avg": 40.0, "p50": 41.0, "p99": 59.0}
     data = {
