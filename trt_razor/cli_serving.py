@@ -150,7 +150,7 @@ def run_serve(args: argparse.Namespace) -> int:
         say(f"ready after {time.monotonic() - started:.1f} s")
         stubs = server.stubs()
         try:
-            _say_where(server, target, repository, args)
+            _say_where(server, target, repository)
             _watch(server, stubs)
         except KeyboardInterrupt:
             stopped = True
@@ -301,9 +301,7 @@ def _make_server(
     )
 
 
-def _say_where(
-    server: TritonServer, target: _Target, repository: Path, args: argparse.Namespace
-) -> None:
+def _say_where(server: TritonServer, target: _Target, repository: Path) -> None:
     """Addresses, and a command that answers."""
     if target.tokenizer:
         model = "ensemble"

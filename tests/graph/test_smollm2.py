@@ -91,27 +91,10 @@ def test_razor_engine_equals_reference(comp_tokens, checkpoint, head_map, text, 
 
 
 def test_dense_engine_equals_transformers_and_a_long_window(checkpoint, head_map, text, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs the extra [test]")
-    spec = checkpoint.spec
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            num_hidden_layers=spec.num_layers,
-            num_attention_heads=spec.num_heads,
-            num_key_value_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            max_position_embeddings=spec.max_positions,
-            rms_norm_eps=spec.rms_norm_eps,
-            rope_theta=spec.rope.theta,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    state = {name: torch.from_numpy(checkpoint.tensor(name).copy()) for name in spec.tensors()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
+    pytest.importorskip("transformers", reason="needs the extra [test]")
+    from smollm2_transformers import transformers_model
+
+    model = transformers_model(checkpoint)
     with torch.no_grad():
         want = model(torch.tensor(text[None, :700].astype(np.int64))).logits[0].numpy()
     del model

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import transformers
 from hf_models import TOKENS, HfModel, make_hf_model
 from packaging.version import Version
+from smollm2_transformers import transformers_model
 from tiny_models import TinyModel
 
 from trt_razor.errors import RazorError, UsageError
@@ -185,29 +186,9 @@ def test_a_cache_of_plain_transformers_is_refused(llama: HfModel) -> None:
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_finds_the_number_of_the_demo() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     checkpoint = open_checkpoint("smollm2-135m", None)
     spec = checkpoint.spec
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=spec.vocab_size,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            num_hidden_layers=spec.num_layers,
-            num_attention_heads=spec.num_heads,
-            num_key_value_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            max_position_embeddings=spec.max_positions,
-            rms_norm_eps=spec.rms_norm_eps,
-            rope_theta=spec.rope.theta,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    state = {name: torch.from_numpy(checkpoint.tensor(name).copy()) for name in spec.tensors()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
+    model = transformers_model(checkpoint)
     tokenizer = checkpoint.tokenizer()
     assert tokenizer is not None
     question = (ROOT / "docs" / "demo-prompt.txt").read_text()

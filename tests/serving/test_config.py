@@ -287,7 +287,6 @@ def test_settings_reach_the_files() -> None:
         "/engine",
         tokenizer_dir="/tokenizer",
         max_batch_size=6,
-        max_queue_delay_microseconds=50,
         max_queue_size=9,
         decoupled=False,
         prompt_format="chat",
@@ -298,7 +297,6 @@ def test_settings_reach_the_files() -> None:
         preprocessing_instances=2,
         postprocessing_instances=3,
         bls_instances=4,
-        execution_env="/env",
         parameters={
             "max_attention_window_size": [128, 4096],
             "kv_cache_free_gpu_mem_fraction": 0.25,
@@ -318,12 +316,11 @@ def test_settings_reach_the_files() -> None:
     assert engine["exclude_input_in_output"] == "false"
     bls_default = dict(models["tensorrt_llm_bls"].parameters)["exclude_input_in_output"]
     assert bls_default == "false"
-    assert "EXECUTION_ENV_PATH" not in engine  # the stock backend is no Python model
     before = dict(models["preprocessing"].parameters)
     assert (before["tokenizer_dir"], before["prompt_format"]) == ("/tokenizer", "chat")
-    assert (before["add_special_tokens"], before["EXECUTION_ENV_PATH"]) == ("false", "/env")
+    assert before["add_special_tokens"] == "false"
     after = dict(models["postprocessing"].parameters)
-    assert (after["skip_special_tokens"], after["EXECUTION_ENV_PATH"]) == ("false", "/env")
+    assert after["skip_special_tokens"] == "false"
     bls = dict(models["tensorrt_llm_bls"].parameters)
     assert (bls["accumulate_tokens"], bls["text_from_engine"]) == ("true", "false")
     assert (bls["tokenizer_dir"], bls["skip_special_tokens"]) == ("/tokenizer", "false")
@@ -333,8 +330,8 @@ def test_settings_reach_the_files() -> None:
         False,
         False,
     )
-    assert models["tensorrt_llm"].dynamic_batching == DynamicBatching((6,), 50, 9)
-    assert models["preprocessing"].dynamic_batching == DynamicBatching((6,), 50, 9)
+    assert models["tensorrt_llm"].dynamic_batching == DynamicBatching((6,), 0, 9)
+    assert models["preprocessing"].dynamic_batching == DynamicBatching((6,), 0, 9)
 
 
 def test_the_bls_model_echoes_the_prompt_as_the_engine_does() -> None:
@@ -383,7 +380,6 @@ def test_settings_of_our_own_engines_reach_the_file() -> None:
         ("preprocessing_instances", 0, 1),
         ("postprocessing_instances", True, 1),
         ("bls_instances", 1.5, 1),
-        ("max_queue_delay_microseconds", -1, 0),
         ("max_queue_size", -1, 0),
     ],
 )

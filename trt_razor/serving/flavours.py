@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from trt_razor.errors import UsageError
 from trt_razor.serving.config import DynamicBatching, ModelConfig, Pairs, Step
 from trt_razor.serving.interface import EXTRA_OWN, PUBLIC, DataTypes, public_and_extra
-from trt_razor.serving.parameters import ENVIRONMENT, Value, fill
+from trt_razor.serving.parameters import Value, fill
 from trt_razor.serving.wiring import check_models
 
 HEADER = "Written by trt-razor. Checked when it was written; see README.md for what may be changed."
@@ -34,8 +34,6 @@ class _Settings:
             tokenizer's, often smaller.
         max_input_tokens: longest prompt of a request; None = what the engine holds.
         max_batch_size: rows of the largest request.
-        max_queue_delay_microseconds: how long the server waits for more requests to hand over.
-        execution_env: a Python environment for the Python models; "" = the server's.
         parameters: more parameters of ``tensorrt_llm``, over the defaults in ``parameters.py``.
     """
 
@@ -44,7 +42,6 @@ class _Settings:
     vocab_size: int | None = None
     max_input_tokens: int | None = None
     max_batch_size: int = 8
-    max_queue_delay_microseconds: int = 0
     prompt_format: str = "raw"
     add_special_tokens: bool = True
     skip_special_tokens: bool = True
@@ -53,7 +50,6 @@ class _Settings:
     preprocessing_instances: int = 1
     postprocessing_instances: int = 1
     bls_instances: int = 4
-    execution_env: str = ""
     data_types: DataTypes = field(default_factory=DataTypes)
     parameters: Mapping[str, Value] = field(default_factory=dict)
 
@@ -65,7 +61,6 @@ class _Settings:
             "bls_instances",
         ):
             _at_least(1, name, getattr(self, name))
-        _at_least(0, "max_queue_delay_microseconds", self.max_queue_delay_microseconds)
 
 
 @dataclass(frozen=True)
@@ -224,8 +219,6 @@ def _model(
     values = dict(parameters or {})
     if not platform and not backend:
         backend = "python"
-    if backend == "python" and settings.execution_env:
-        values[ENVIRONMENT] = settings.execution_env
     tensors = public_and_extra(name, own, settings.data_types)
     return ModelConfig(
         name=name,
@@ -244,9 +237,7 @@ def _model(
 
 
 def _batching(settings: _Settings, max_queue_size: int) -> DynamicBatching:
-    return DynamicBatching(
-        (settings.max_batch_size,), settings.max_queue_delay_microseconds, max_queue_size
-    )
+    return DynamicBatching((settings.max_batch_size,), max_queue_size=max_queue_size)
 
 
 def _beside(model: str, path: str) -> str:
