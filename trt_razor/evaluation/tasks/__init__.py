@@ -1,0 +1,1 @@
+"""What is asked: one file a task, each a dataclass of options that makes samples."""
