@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trt_razor.errors import UsageError
-from trt_razor.policy import MAX_COMP_TOKENS, PRESETS, RazorPolicy
+from trt_razor.policy import MAX_COMP_TOKENS, MAX_HEAVY_HITTERS, PRESETS, RazorPolicy
 
 policies = st.builds(
     RazorPolicy,

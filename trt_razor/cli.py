@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -13,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_razor import __version__, cli_heads_import, cli_serving
+from trt_razor import __version__, cli_eval, cli_heads, cli_serving
 from trt_razor import cli_arguments as arguments
 from trt_razor.cli_arguments import BUILD_EPILOG, Parser, policy, policy_options
 from trt_razor.console import Bars, err, fail, guarded, out, say
-from trt_razor.errors import MissingExtra, UsageError
+from trt_razor.errors import UsageError
 
 if TYPE_CHECKING:
     from trt_razor.backends.base import EngineOptions
@@ -50,7 +49,7 @@ def build_main(argv: Sequence[str] | None = None) -> int:
 def heads_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``build_scripts/find_heads.py``: ``trt-razor heads`` under its own name."""
     parser = Parser(prog="find_heads.py", description="Find the retrieval heads of a checkpoint.")
-    _heads_command(parser)
+    cli_heads.add_command(parser)
     args = parser.parse_args(argv)
     return guarded(lambda: int(args.run(args)))
 
@@ -64,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "find the retrieval heads of a checkpoint"
     p = commands.add_parser("heads", help=text, description=f"{text.capitalize()}.")
-    _heads_command(p)
+    cli_heads.add_command(p)
     text = "memory and batch sizes, from the config alone"
     p = commands.add_parser("plan", help=text, description=f"{text.capitalize()}.")
     arguments.plan_arguments(p)
@@ -87,62 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     arguments.inspect_arguments(p)
     p.set_defaults(run=_inspect)
     cli_serving.add_commands(commands)
+    cli_eval.add_command(commands)
     return parser
-
-
-# heads ----------------------------------------------------------------------------------------
-def _heads_command(parser: argparse.ArgumentParser) -> None:
-    arguments.heads_arguments(parser)
-    parser.set_defaults(run=_heads)
-    cli_heads_import.add_command(parser)
-
-
-def _heads(args: argparse.Namespace) -> int:
-    from trt_razor.build import safe_name
-    from trt_razor.heads.find import FindOptions, examine_heads
-    from trt_razor.models.checkpoint import open_checkpoint
-
-    options = FindOptions(
-        probe_length=args.probe_length,
-        repeats=args.repeats,
-        seeds=args.seeds,
-        seed=args.seed,
-        method=args.method,
-        induction_share=args.induction_share,
-        echo_share=args.echo_share,
-        combined_share=args.combined_share,
-        min_echo=args.min_echo,
-        dtype=args.dtype,
-        device=args.device,
-        window=args.window,
-        eps=args.eps,
-        scope_share=args.scope_share,
-    )
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtra("torch", "heads", "finding heads")
-    checkpoint = open_checkpoint(args.model, args.checkpoint)
-    # Before the minutes of scoring, not after them.
-    name = f"{safe_name(checkpoint.spec.name)}.heads.json"
-    output, plot = cli_heads_import.outputs(args, name)
-    with Bars() as bars:
-        found = examine_heads(checkpoint, options, bars)
-    head_map = found.head_map
-    head_map.save(output)
-    for warning in found.warnings:
-        say(f"note: {warning}")
-    if found.stability is not None:
-        out.print(found.stability.table(), markup=False)
-    out.print(
-        f"{head_map.num_retrieval} of {head_map.num_layers * head_map.num_kv_heads} KV heads "
-        f"retrieve ({head_map.share:.1%}, {head_map.method}): {output}",
-        markup=False,
-    )
-    if plot is not None:
-        from trt_razor.heads.heatmap import save_heatmap
-
-        save_heatmap(head_map, plot)
-        out.print(f"heat map: {plot}", markup=False)
-    return 0
 
 
 # plan -----------------------------------------------------------------------------------------

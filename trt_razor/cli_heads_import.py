@@ -27,11 +27,11 @@ examples:
 """
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    """Put ``import`` beside the options of the ``heads`` parser."""
-    commands = parser.add_subparsers(
-        dest="heads_command", metavar="import", title="other sources", required=False
-    )
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    parser: argparse.ArgumentParser,
+) -> None:
+    """Put ``import`` beside the options of ``parser``, that of ``heads``."""
     text = "take the heads from another project's published list or scores"
     p = commands.add_parser(
         "import",

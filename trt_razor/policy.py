@@ -15,6 +15,15 @@ from trt_razor.errors import UsageError
 MAX_COMP_TOKENS = 256
 """Upper bound on M: more rows than this cost more than the window they replace."""
 
+MAX_HEAVY_HITTERS = 1024
+"""Upper bound on H: beyond it a larger window costs the same and needs no choice."""
+
+SELECT_QUERIES = 64
+"""Queries at the end of a chunk that choose the heavy hitters."""
+
+SELECT_MIN_CHUNK = 16
+"""Shorter chunks, decode steps above all, choose none: so few queries cannot judge."""
+
 
 @dataclass(frozen=True)
 class RazorPolicy:
@@ -26,8 +35,8 @@ class RazorPolicy:
         compression: C, the window is ceil(n / C) once that exceeds S0 (integer >= 1); ``None``
             means a fixed window of S0 tokens at any length.
         comp_tokens: M, compensation tokens (0..256); 0 drops tokens without compensation.
-        heavy_hitters: H, dropped tokens kept as rows of their own. Reserved in the cache layout;
-            only 0 is accepted so far.
+        heavy_hitters: H, dropped tokens that stay rows of their own: those that the queries at the
+            end of a chunk attend most (0..1024). Not with ALiBi: such rows carry no position.
 
     Raises:
         UsageError: naming the wrong field.
@@ -52,9 +61,9 @@ class RazorPolicy:
             raise UsageError(
                 f"policy.comp_tokens: expected 0..{MAX_COMP_TOKENS}, found {self.comp_tokens}"
             )
-        if self.heavy_hitters != 0:
+        if not 0 <= self.heavy_hitters <= MAX_HEAVY_HITTERS:
             raise UsageError(
-                f"policy.heavy_hitters: only 0 is supported so far, found {self.heavy_hitters}"
+                f"policy.heavy_hitters: expected 0..{MAX_HEAVY_HITTERS}, found {self.heavy_hitters}"
             )
         c = self.compression
         if c is not None and (not isinstance(c, int) or isinstance(c, bool) or c < 1):
@@ -73,6 +82,10 @@ class RazorPolicy:
     def dropped(self, n: int) -> int:
         """D(n) = max(0, n - N0 - L(n)): positions N0 .. N0 + D(n) - 1 are no longer kept."""
         return max(0, n - self.sink_tokens - self.window(n))
+
+    def heavy(self, n: int) -> int:
+        """h(n) = min(H, D(n)): heavy hitters in use with ``n`` tokens cached."""
+        return min(self.heavy_hitters, self.dropped(n))
 
     # The layout -------------------------------------------------------------------------------
     @property
@@ -129,6 +142,6 @@ class RazorPolicy:
 PRESETS: dict[str, RazorPolicy] = {
     # The paper's settings.
     "paper": RazorPolicy(),
-    # A small fixed window and 32 cluster means: the study is in README.md.
-    "tight": RazorPolicy(min_window=128, compression=None, comp_tokens=32),
+    # A small fixed window, heavy hitters, and cluster means for the rest: docs/fidelity.md.
+    "tight": RazorPolicy(min_window=128, compression=None, comp_tokens=16, heavy_hitters=64),
 }

@@ -21,13 +21,18 @@ def recipe_heads(spec: ModelSpec) -> tuple[Path, HeadMap] | None:
     Raises:
         UsageError: a recipe that cannot be read (its own folder's fault, not the model's).
     """
+    return recipe_of(spec.fingerprint())
+
+
+def recipe_of(fingerprint: str) -> tuple[Path, HeadMap] | None:
+    """``recipe_heads`` by the model's fingerprint alone."""
     tree = Path(__file__).resolve().parent.parent / "engines" / "recipes"
     paths = [*sorted(tree.glob("*.heads.json")), *_installed_recipes()]
     if os.environ.get(RECIPES_ENV):
         paths = [*sorted(Path(os.environ[RECIPES_ENV]).glob("*.heads.json")), *paths]
     for path in paths:
         head_map = HeadMap.load(path)
-        if head_map.fingerprint == spec.fingerprint():
+        if head_map.fingerprint == fingerprint:
             return path, head_map
     return None
 

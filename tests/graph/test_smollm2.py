@@ -92,9 +92,9 @@ def test_razor_engine_equals_reference(comp_tokens, checkpoint, head_map, text, 
 
 def test_dense_engine_equals_transformers_and_a_long_window(checkpoint, head_map, text, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra [test]")
-    from smollm2_transformers import transformers_model
+    from trt_razor.reference.hf.load import checkpoint_model
 
-    model = transformers_model(checkpoint)
+    model = checkpoint_model(checkpoint)
     with torch.no_grad():
         want = model(torch.tensor(text[None, :700].astype(np.int64))).logits[0].numpy()
     del model

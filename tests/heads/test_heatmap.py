@@ -135,3 +135,10 @@ def test_interrupting_the_write_leaves_the_old_picture(
         save_heatmap(some_map(2, 2), path)
     assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
     assert path.read_bytes() == b"old"
+
+
+def test_bars_count_the_chosen_heads_of_each_layer() -> None:
+    head_map = some_map(10, 4)
+    bars = draw_heatmap(head_map).axes[len(head_map.scores)]
+    assert [p.get_width() for p in bars.patches] == [len(r) for r in head_map.retrieval_heads]
+    assert bars.get_ylim() == (9.5, -0.5)  # as the panels beside it

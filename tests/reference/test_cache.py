@@ -93,6 +93,10 @@ def check(
             )
             assert torch.equal(local.local_k[row, at], k[head, p]), f"position {p}"
             assert torch.equal(local.local_v[row, at], v[head, p]), f"position {p}"
+        rows = [policy.sink_tokens + i for i in range(len(expected.heavy))]
+        assert local.heavy_rows().tolist() == rows
+        assert torch.equal(local.local_k[row, rows], k[head, expected.heavy])
+        assert torch.equal(local.local_v[row, rows], v[head, expected.heavy])
         torch.testing.assert_close(local.comp[row], expected.comp, rtol=0, atol=TOLERANCE)
         assert local.comp_count[row].tolist() == expected.count
         torch.testing.assert_close(
@@ -102,7 +106,7 @@ def check(
             atol=1e-14,
         )
         if policy.comp_tokens:
-            assert sum(expected.count) == policy.dropped(n)
+            assert sum(expected.count) == policy.dropped(n) - policy.heavy(n)
     return cache
 
 
@@ -114,8 +118,9 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         min_window=draw(st.integers(1, 9)),
         compression=draw(st.sampled_from([None, 1, 2, 3, 5])),
         comp_tokens=draw(st.integers(0, 1 if alibi else 6)),
+        heavy_hitters=0 if alibi else draw(st.sampled_from([0, 0, 1, 3, 8])),
     )
-    sizes = st.one_of(st.just(1), st.integers(1, 4), st.integers(1, 30))
+    sizes = st.one_of(st.just(1), st.integers(1, 4), st.integers(1, 30), st.integers(15, 80))
     chunks = draw(st.lists(sizes, min_size=1, max_size=14))
     num_kv = draw(st.integers(1, 3))
     return {
@@ -144,6 +149,59 @@ def test_ring_wraps_many_times(chunks: list[int], comp_tokens: int) -> None:
     cache = check(policy, chunks, 64, 2, 2, 4, [1])
     assert cache.local is not None
     assert cache.local.local_k.shape == (1, 3 + 7, 4)  # 51 dropped: the ring turned 7 times
+
+
+@pytest.mark.parametrize("heavy_hitters", [1, 3, 8])
+@pytest.mark.parametrize("comp_tokens", [0, 1, 4])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [90],  # one chunk, more queries than are asked
+        [30, 15, 16, 17],  # either side of the shortest chunk that chooses
+        [12, 16, *[1] * 30],  # a few dropped, then a step at a time
+        [1] * 60,
+        [20, 1, 1, 1, 64, 65, 1],
+    ],
+)
+def test_heavy_hitters(chunks: list[int], comp_tokens: int, heavy_hitters: int) -> None:
+    policy = RazorPolicy(2, 9, None, comp_tokens, heavy_hitters)
+    check(policy, chunks, sum(chunks), num_kv=2, group=3, dim=8, retrieval=[0])
+
+
+@pytest.mark.parametrize("tokens, chunk, chooses", [(20, 16, True), (20, 15, False), (16, 4, False)])
+def test_when_heavy_hitters_are_chosen(tokens: int, chunk: int, chooses: bool) -> None:
+    """The token that all queries look at is kept if the chunk is long enough, and only then."""
+    policy = RazorPolicy(0, 4, None, 0, 2)
+    k, v = torch.zeros(1, tokens, 2), torch.ones(1, tokens, 2)
+    k[0, tokens - chunk + 3] = 5  # neither the first to be dropped nor in the window
+    cache = LayerCache(policy, [], 1, 1, 2, tokens)
+    start = tokens - chunk
+    run(cache, torch.ones(1, tokens, 2), k, v, [*[1] * start, chunk])
+    assert cache.local is not None
+    rows = cache.local.local_k[0, cache.local.heavy_rows()]
+    assert bool((rows == 5).any()) is chooses
+
+
+def test_missing_queries_are_refused_where_they_decide() -> None:
+    local = LocalHeadsCache(RazorPolicy(0, 4, None, 1, 2), 1, 2, 60)
+    x = torch.ones(1, 40, 2)
+    with pytest.raises(UsageError, match="last 40 tokens .* found none"):
+        local.update(x, x)
+    with pytest.raises(UsageError, match="found 39"):
+        local.update(x, x, torch.ones(1, 3, 39, 2))
+    local.update(x[:, :15], x[:, :15])
+    assert local.n == 15
+
+
+def test_heavy_hitters_survive_growth() -> None:
+    q, k, v = tokens(2, 1, 70, 4, 3)
+    policy = RazorPolicy(1, 5, 3, 2, 4)
+    small, large = (LayerCache(policy, [], 2, 1, 4, size, torch.float64) for size in (50, 70))
+    run(small, q[:, :50], k[:, :50], v[:, :50], [40, 10])
+    small.grow(70)
+    out = small.attend(q[:, 50:], k[:, 50:], v[:, 50:])
+    expected = run(large, q, k, v, [40, 10, 20])[:, 50:]
+    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("comp_tokens", [0, 1])

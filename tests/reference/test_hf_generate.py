@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import transformers
 from hf_models import TOKENS, HfModel, make_hf_model
 from packaging.version import Version
-from smollm2_transformers import transformers_model
 from tiny_models import TinyModel
 
 from trt_razor.errors import RazorError, UsageError
@@ -24,6 +23,7 @@ from trt_razor.headmap import HeadMap
 from trt_razor.models.checkpoint import open_checkpoint
 from trt_razor.policy import RazorPolicy
 from trt_razor.reference import ReferenceDecoder, hf
+from trt_razor.reference.hf.load import checkpoint_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "engines" / "recipes" / "smollm2-135m.heads.json"
@@ -188,7 +188,7 @@ def test_a_cache_of_plain_transformers_is_refused(llama: HfModel) -> None:
 def test_smollm2_finds_the_number_of_the_demo() -> None:
     checkpoint = open_checkpoint("smollm2-135m", None)
     spec = checkpoint.spec
-    model = transformers_model(checkpoint)
+    model = checkpoint_model(checkpoint)
     tokenizer = checkpoint.tokenizer()
     assert tokenizer is not None
     question = (ROOT / "docs" / "demo-prompt.txt").read_text()

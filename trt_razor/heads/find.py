@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +11,16 @@ import numpy as np
 from trt_razor.errors import MissingExtra, RazorError, UsageError, did_you_mean
 from trt_razor.headmap import HeadMap, Scores
 from trt_razor.heads.alibi import alibi_scopes, select_by_scope
+from trt_razor.heads.layer_memo import LayerMemo
+from trt_razor.heads.measure import AnswerSource, EffectOptions, measured_scores
 from trt_razor.heads.probe import Probe, make_probe, position_warning
-from trt_razor.heads.selection import METHODS, SelectionOptions, check_share, select
+from trt_razor.heads.selection import (
+    MEASURED,
+    METHODS,
+    SelectionOptions,
+    check_share,
+    select,
+)
 from trt_razor.heads.stability import Stability, stability
 from trt_razor.policy import RazorPolicy
 
@@ -38,15 +46,18 @@ class FindOptions:
         repeats: how often the block is repeated (the paper: 4).
         seeds: number of probes; heads are chosen from the mean of their scores.
         seed: the first probe's seed; the others follow it.
-        method: ``paper``, ``combined``, ``echo`` or ``induction`` for RoPE models (see
-            :class:`SelectionOptions`, where the shares and ``min_echo`` are explained),
-            ``alibi-scope`` for ALiBi models; None takes ``paper`` or ``alibi-scope`` by model.
+        method: ``paper``, ``combined``, ``echo``, ``induction``, ``effect`` or ``gradient`` for
+            RoPE models (see :class:`SelectionOptions`, where the shares and ``min_echo`` are
+            explained), ``alibi-scope`` for ALiBi models; None takes ``paper`` or ``alibi-scope`` by
+            model.
         dtype: of all arithmetic, whatever the checkpoint's own: ``float32`` or ``float64``.
         device: where layers run, as torch spells it.
         window: ALiBi: a head that can see farther than this many tokens retrieves; None takes the
             default policy's ``min_window``.
         eps: ALiBi: attention below which a token counts as unseen.
         scope_share: ALiBi: at most this share of the heads, farthest sight first; None: no bound.
+        effect_share: share of the methods ``effect`` and ``gradient``.
+        effect: how these two measure.
 
     Raises:
         UsageError: naming the wrong field.
@@ -66,6 +77,8 @@ class FindOptions:
     window: int | None = None
     eps: float = 1e-5
     scope_share: float | None = None
+    effect_share: float = 0.15
+    effect: EffectOptions = field(default_factory=EffectOptions)
 
     def __post_init__(self) -> None:
         if not 1 <= self.seeds <= MAX_SEEDS:
@@ -92,6 +105,7 @@ class FindOptions:
             self.echo_share,
             self.combined_share,
             self.min_echo,
+            self.effect_share,
         )
 
 
@@ -136,9 +150,16 @@ def find_heads(
 
 
 def examine_heads(
-    checkpoint: Checkpoint, options: FindOptions | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    options: FindOptions | None = None,
+    progress: Progress | None = None,
+    answers: AnswerSource | None = None,
 ) -> FoundHeads:
-    """:func:`find_heads` with the stability table and the warnings as objects of their own."""
+    """:func:`find_heads` with the stability table and the warnings as objects of their own.
+
+    Args:
+        answers: retrieval probes for ``effect`` and ``gradient``; None = random tokens said again.
+    """
     options = options or FindOptions()
     spec = checkpoint.spec
     if spec.position == "alibi":
@@ -152,13 +173,31 @@ def examine_heads(
     probes = [make_probe(spec, options.probe_length, options.repeats, s) for s in seeds]
     echo, induction = probe_scores(checkpoint, probes, options.dtype, options.device, progress)
     selection = options.selection
-    mean = {"echo": _rows(echo.mean(0)), "induction": _rows(induction.mean(0))}
+    by_seed = {"echo": echo, "induction": induction}
+    if selection.method in MEASURED:
+        by_seed[selection.method] = measured_scores(
+            checkpoint,
+            selection.method,
+            seeds,
+            options.effect,
+            answers,
+            options.dtype,
+            options.device,
+            progress,
+        )
+        finite = np.isfinite(by_seed[selection.method])
+        if not finite.all():
+            raise RazorError(
+                f"{checkpoint.location}: the measured effect of {int((~finite).sum())} heads is not "
+                f"finite; the weights overflow in {options.dtype}"
+            )
+    mean = {name: _rows(scores.mean(0)) for name, scores in by_seed.items()}
     choice = select({name: np.array(rows) for name, rows in mean.items()}, selection)
     spread = None
     if len(seeds) > 1:
         single = [
-            select({"echo": e, "induction": i}, selection).heads
-            for e, i in zip(echo, induction, strict=True)
+            select({name: scores[i] for name, scores in by_seed.items()}, selection).heads
+            for i in range(len(seeds))
         ]
         spread = stability(seeds, single)
     warning = position_warning(spec, probes[0])
@@ -172,6 +211,9 @@ def examine_heads(
         **selection.to_json(),
         "warnings": list(warnings),
     }
+    if selection.method in MEASURED:
+        settings["answers"] = "random" if answers is None else answers.name
+        settings["effect"] = options.effect.to_json(selection.method)
     if spread is not None:
         settings["stability"] = spread.to_json()
     what = f"{options.probe_length} random tokens x {options.repeats}"
@@ -220,7 +262,7 @@ def probe_scores(
     if progress is not None:
         progress(what, 0, steps)
     with torch.inference_mode():
-        weights = _LayerMemo(checkpoint) if len(probes) > 1 else checkpoint
+        weights = LayerMemo(checkpoint) if len(probes) > 1 else checkpoint
         decoder = ReferenceDecoder(weights, getattr(torch, dtype), where, keep_weights=False)
         tokens = [torch.from_numpy(p.tokens).to(where) for p in probes]
         states = [decoder.embed(t) for t in tokens]
@@ -238,25 +280,6 @@ def probe_scores(
                 if progress is not None:
                     progress(what, layer * len(probes) + i + 1, steps)
     return out[0], out[1]
-
-
-class _LayerMemo:
-    """Weights of the layer in use, so that several probes cost one reading of the file."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.spec = checkpoint.spec
-        self._checkpoint = checkpoint
-        self._layer = ""
-        self._held: dict[str, np.ndarray[Any, Any]] = {}
-
-    def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        layer = ".".join(name.split(".")[:3])  # model.layers.<i>
-        if layer != self._layer:
-            self._held.clear()
-            self._layer = layer
-        if name not in self._held:
-            self._held[name] = self._checkpoint.tensor(name)
-        return self._held[name]
 
 
 def _find_by_scope(

@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trt_razor.errors import MissingExtra, UsageError
+from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.files import write_bytes_atomic
 from trt_razor.headmap import HeadMap
-from trt_razor.heads.selection import METHODS, Choice, Heads, SelectionOptions, select
+from trt_razor.heads.selection import MEASURED, METHODS, Choice, Heads, SelectionOptions, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OWN = "#e8590c"  # chosen by the score this panel shows
-OTHER = "#74c0fc"  # chosen by the other score
+OTHER = "#74c0fc"  # chosen by another score
+BARS_W = 0.9
+"""Width of the bars by layer, in inches."""
 
 TITLES = {
     "echo": "echo: attention to the same token earlier\n(colour by square root)",
     "induction": "induction: attention to what followed it\n(colour by square root)",
+    "effect": "effect: loss an answer gains when local\n(nats a token)",
+    "gradient": "gradient of that loss by the head's gate\n(nats a token)",
     "scope": "scope in tokens (log scale)",
 }
 
@@ -31,7 +35,8 @@ def save_heatmap(head_map: HeadMap, path: Path) -> None:
     """Write the heat map as a PNG, atomically.
 
     Layers run down, KV heads across; one panel a score. A frame marks every chosen head: orange in
-    the panel of the score it was chosen by, blue where another score chose it.
+    the panel of the score it was chosen by, blue where another score chose it. Bars at the right
+    count the chosen heads of each layer.
 
     Raises:
         UsageError: the name does not end in .png.
@@ -65,13 +70,15 @@ def draw_heatmap(head_map: HeadMap) -> Figure:
     cell_h = float(np.clip(11.0 / layers, 0.15, 0.30))
     panel_w, panel_h = max(2.6, heads * cell_w), max(2.4, layers * cell_h)
     figure = Figure(
-        figsize=(len(panels) * (panel_w + 1.5) + 0.5, panel_h + 1.9), layout="constrained"
+        figsize=(len(panels) * (panel_w + 1.5) + BARS_W + 0.9, panel_h + 1.9), layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
     figure.suptitle(_title(head_map), fontsize=11)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (name, table, own) in zip(axes, panels, strict=True):
+    widths = [*[panel_w + 1.1] * len(panels), BARS_W]
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for ax, (name, table, own) in zip(axes, panels, strict=False):
         _draw_panel(figure, ax, panel_h, head_map.retrieval_heads, name, table, own)
+    _draw_depth(axes[-1], head_map.retrieval_heads, heads)
     _legend(figure, head_map, panels)
     return figure
 
@@ -79,16 +86,17 @@ def draw_heatmap(head_map: HeadMap) -> Figure:
 def chosen_by(head_map: HeadMap) -> Choice | None:
     """Which score chose which head, repeated from the map's scores and settings.
 
-    None if the map does not come from echo and induction scores or was edited since.
+    None if the map does not come from scores that were measured here, or was edited since.
     """
-    if head_map.method not in METHODS or not {"echo", "induction"} <= set(head_map.scores):
+    needed = {head_map.method} if head_map.method in MEASURED else {"echo", "induction"}
+    if head_map.method not in METHODS or not needed <= set(head_map.scores):
         return None
     fields = SelectionOptions.__dataclass_fields__
     try:
         known: dict[str, Any] = {k: v for k, v in head_map.options.items() if k in fields}
         options = SelectionOptions(**{**known, "method": head_map.method})
         choice = select({k: np.array(v) for k, v in head_map.scores.items()}, options)
-    except (UsageError, TypeError):
+    except (RazorError, TypeError):
         return None
     return choice if choice.heads == head_map.retrieval_heads else None
 
@@ -161,6 +169,19 @@ def _draw_panel(
             ax.add_patch(frame)
 
 
+def _draw_depth(ax: Axes, chosen: Heads, heads: int) -> None:
+    """Chosen heads of each layer, beside the panels and on their scale."""
+    layers = len(chosen)
+    ax.barh(range(layers), [len(row) for row in chosen], height=0.8, color=OWN)
+    ax.set_ylim(layers - 0.5, -0.5)
+    ax.set_xlim(0, heads)
+    ax.set_xticks(range(0, heads + 1, _step(heads, 4)))
+    ax.set_yticks(range(0, layers, _step(layers, 40)))
+    ax.tick_params(labelsize=7)
+    ax.set_title("by layer", fontsize=9)
+    ax.set_xlabel("chosen", fontsize=8)
+
+
 def _legend(figure: Figure, head_map: HeadMap, panels: list[Panel]) -> None:
     from matplotlib.patches import Patch
 
@@ -172,7 +193,7 @@ def _legend(figure: Figure, head_map: HeadMap, panels: list[Panel]) -> None:
     else:
         handles = [
             patch(OWN, "retrieval head, chosen by this score"),
-            patch(OTHER, "retrieval head, chosen by the other score"),
+            patch(OTHER, "retrieval head, chosen by another score"),
         ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
@@ -193,6 +214,7 @@ def _title(head_map: HeadMap) -> str:
         ("echo_share", "echo {:.0%}"),
         ("min_echo", "at least {} echo heads"),
         ("combined_share", "share {:.0%}"),
+        ("effect_share", "share {:.0%}"),
         ("share", "share {:.0%}"),
         ("threshold", "score at least {:g}"),
         ("window", "window {} tokens"),

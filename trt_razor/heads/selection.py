@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,29 @@ from trt_razor.errors import RazorError, UsageError, did_you_mean
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
 
-METHODS = ("paper", "combined", "echo", "induction")
+MEASURED = ("effect", "gradient")
+"""Methods that rank by what happens to an answer's loss (heads/effect.py)."""
+
+METHODS = ("paper", "combined", "echo", "induction", *MEASURED)
 
 Heads = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """How heads are chosen from echo and induction scores. Shares are of all KV heads, rounded up.
+    """How heads are chosen from their scores. Shares are of all KV heads, rounded up.
 
     Attributes:
         method: ``paper``: top ``induction_share`` by induction ∪ top ``echo_share`` by echo;
             ``combined``: top ``combined_share`` by the larger of the two scores, each divided by
-            its maximum over the model; ``echo`` or ``induction``: one half of ``paper`` alone.
+            its maximum over the model; ``echo`` or ``induction``: one half of ``paper`` alone;
+            ``effect`` or ``gradient``: top ``effect_share`` by the measured effect.
         induction_share: 0.14 in the paper.
         echo_share: 0.01 in the paper.
         combined_share: share of the method ``combined``.
         min_echo: fewest heads an ``echo_share`` above 0 selects. 1 % of a small model is a
             single head, too few to rely on (docs/heads.md).
+        effect_share: share of the methods ``effect`` and ``gradient``.
 
     Raises:
         UsageError: unknown method, a share outside 0..1, a negative floor.
@@ -41,11 +46,12 @@ class SelectionOptions:
     echo_share: float = 0.01
     combined_share: float = 0.15
     min_echo: int = 4
+    effect_share: float = 0.15
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method '{self.method}': {did_you_mean(self.method, METHODS)}")
-        for name in ("induction_share", "echo_share", "combined_share"):
+        for name in ("induction_share", "echo_share", "combined_share", "effect_share"):
             check_share(name, getattr(self, name))
         if self.min_echo < 0:
             raise UsageError(f"min_echo: expected >= 0, found {self.min_echo}")
@@ -57,13 +63,18 @@ class SelectionOptions:
             "combined": ("combined_share",),
             "echo": ("echo_share", "min_echo"),
             "induction": ("induction_share",),
+            "effect": ("effect_share",),
+            "gradient": ("effect_share",),
         }[self.method]
         return {name: getattr(self, name) for name in used}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen KV heads per layer, ascending, and which score each was chosen by."""
+    """Chosen KV heads per layer, ascending, and which score each was chosen by.
+
+    Heads chosen by a measured effect were chosen by neither echo nor induction.
+    """
 
     heads: Heads
     by_echo: Heads
@@ -76,6 +87,44 @@ def check_share(name: str, value: float) -> None:
         raise UsageError(f"{name}: expected a share between 0 and 1, found {value!r}")
 
 
+def with_share(options: SelectionOptions, share: float) -> SelectionOptions:
+    """The same method choosing ``share`` of all heads.
+
+    ``paper`` gives echo its own share and adds induction heads, as its authors advise; as the two
+    sets may overlap it can choose fewer.
+
+    Raises:
+        UsageError: a share outside 0..1.
+    """
+    check_share("share", share)
+    if options.method == "paper":
+        return replace(options, induction_share=max(0.0, share - options.echo_share))
+    if options.method in MEASURED:
+        return replace(options, effect_share=share)
+    if options.method == "combined":
+        return replace(options, combined_share=share)
+    if options.method == "echo":
+        return replace(options, echo_share=share)
+    return replace(options, induction_share=share)
+
+
+def choose_again(head_map: HeadMap, options: SelectionOptions) -> HeadMap:
+    """A map's choice made anew from its scores; what was said about its old choice is dropped.
+
+    Raises:
+        RazorError: the map has not the scores that the method needs.
+    """
+    scores = {name: np.array(table) for name, table in head_map.scores.items()}
+    old = {*SelectionOptions.__annotations__, "stability", "auto"}
+    settings = {k: v for k, v in head_map.options.items() if k not in old}
+    return replace(
+        head_map,
+        retrieval_heads=select(scores, options).heads,
+        method=options.method,
+        options={**settings, **options.to_json()},
+    )
+
+
 def share_count(share: float, total: int) -> int:
     """``ceil(share * total)``, unharmed by binary fractions (0.14 * 50 is 7, not 8)."""
     return min(total, math.ceil(share * total - 1e-9))
@@ -85,11 +134,16 @@ def select(scores: Mapping[str, np.ndarray], options: SelectionOptions) -> Choic
     """Choose retrieval heads over the whole model; ties go to the lower layer, then lower head.
 
     Args:
-        scores: ``echo`` and ``induction``, each [layers, KV heads].
+        scores: ``echo`` and ``induction``, or that of the measured method; [layers, KV heads].
 
     Raises:
         RazorError: a score is missing, not finite, or of another shape than its fellow.
     """
+    if options.method in MEASURED:
+        effect = _table(scores, options.method)
+        best = _top(effect, share_count(options.effect_share, effect.size))
+        nothing = _by_layer(set(), effect.shape)
+        return Choice(_by_layer(set(best), effect.shape), nothing, nothing)
     echo, induction = (_table(scores, name) for name in ("echo", "induction"))
     if echo.shape != induction.shape:
         raise RazorError(f"scores: echo is {echo.shape}, induction is {induction.shape}")

@@ -1,6 +1,6 @@
 """The KV cache of one sequence and one layer, tensor for tensor as the engines lay it out.
 
-Layout, ring rule and fold rule: docs/semantics.md. An engine's cache can be compared with these
+Layout, ring rule, heavy hitters and fold rule: docs/semantics.md. An engine's cache can be compared with these
 tensors row by row; rows that hold no token are never read and may hold anything finite.
 """
 
@@ -16,7 +16,8 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.positions import alibi_slopes
 from trt_razor.models.spec import ModelSpec
-from trt_razor.policy import RazorPolicy
+from trt_razor.policy import SELECT_MIN_CHUNK, SELECT_QUERIES, RazorPolicy
+from trt_razor.reference import heavy
 from trt_razor.reference.attention import (
     CachedRows,
     chunk_attention,
@@ -74,10 +75,11 @@ class FullHeadsCache:
 
 
 class LocalHeadsCache:
-    """Local heads of one layer: sinks, a ring of recent tokens, M compensation tokens.
+    """Local heads of one layer: sinks, heavy hitters, a ring of recent tokens, M compensation tokens.
 
     Position p < N0 is in row p; a position p >= N0 of the window in row
-    N0 + H + (p - N0) mod W_cap, with W_cap = ``policy.ring_rows(n_max)``.
+    N0 + H + (p - N0) mod W_cap, with W_cap = ``policy.ring_rows(n_max)``. The h(n) heavy hitters
+    are in rows N0 .. N0 + h(n) - 1.
 
     Attributes:
         local_k, local_v: [Lh, N0 + H + W_cap, D] in ``dtype``.
@@ -87,7 +89,7 @@ class LocalHeadsCache:
         n: tokens of the sequence so far, kept or dropped.
 
     Raises:
-        UsageError: ALiBi with more than one compensation token (``alibi=True``, M > 1).
+        UsageError: ALiBi (``alibi=True``) with more than one compensation token or heavy hitters.
     """
 
     def __init__(
@@ -99,14 +101,21 @@ class LocalHeadsCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         alibi: bool = False,
+        scale: float | None = None,
     ) -> None:
         if alibi and policy.comp_tokens > 1:
             raise UsageError(
                 f"policy.comp_tokens: expected 0 or 1 for a model with ALiBi positions, found "
                 f"{policy.comp_tokens}: a cluster has no single position to take the bias from"
             )
+        if alibi and policy.heavy_hitters:
+            raise UsageError(
+                f"policy.heavy_hitters: expected 0 for a model with ALiBi positions, found "
+                f"{policy.heavy_hitters}: their rows carry no position to take the bias from"
+            )
         self.policy = policy
         self.n_max = n_max
+        self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
         self.ring_rows = policy.ring_rows(n_max)
         rows, tokens = policy.local_rows(n_max), policy.comp_tokens
         exact = compute_dtype(dtype)
@@ -123,7 +132,7 @@ class LocalHeadsCache:
         return sum(t.nbytes for t in tensors)
 
     def kept_positions(self) -> Tensor:
-        """Positions held as rows of their own, ascending: sinks, then the window. int64."""
+        """Positions of sinks, then of the window, ascending; heavy hitters apart. int64."""
         # Not a choice among all positions: a step must cost the same however many were dropped.
         device, sinks = self.local_k.device, min(self.n, self.policy.sink_tokens)
         first = sinks + self.policy.dropped(self.n)
@@ -138,28 +147,37 @@ class LocalHeadsCache:
         return torch.where(past_sinks < 0, positions, ring)
 
     def rows(self) -> CachedRows:
-        """What queries see: compensation tokens, then sinks and window in position order."""
-        kept = self.kept_positions()
-        index = self.row_of(kept)
+        """What queries see: compensation tokens, then sinks and window by position, heavy hitters."""
+        kept, chosen = self.kept_positions(), self.heavy_rows()
+        index = torch.cat([self.row_of(kept), chosen])
         exact = self.comp.dtype
         k = torch.cat([self.comp[:, :, 0], self.local_k[:, index].to(exact)], dim=1)
         v = torch.cat([self.comp[:, :, 1], self.local_v[:, index].to(exact)], dim=1)
-        tokens = self.comp_log_weight.new_zeros(len(self.comp), len(kept))
+        tokens = self.comp_log_weight.new_zeros(len(self.comp), len(index))
         log_weight = torch.cat([self.comp_log_weight, tokens], dim=1)
         # ALiBi: the compensation token sits in the middle of the dropped range.
         middle = self.policy.sink_tokens + (self.policy.dropped(self.n) - 1) / 2
         comp_position = torch.full((self.policy.comp_tokens,), middle, dtype=torch.float64)
-        position = torch.cat([comp_position.to(kept.device), kept.double()])
+        # Heavy hitters are cached keys of long ago: any position before the chunk will do.
+        position = torch.cat([comp_position.to(kept.device), kept.double(), 0 * chosen.double()])
         return CachedRows(k, v, log_weight, position)
 
-    def update(self, k: Tensor, v: Tensor) -> None:
-        """Add a chunk of tokens: fold what falls out of the window, store what stays.
+    def heavy_rows(self) -> Tensor:
+        """Rows that hold heavy hitters: N0 .. N0 + h(n) - 1. int64."""
+        first = self.policy.sink_tokens
+        return torch.arange(first, first + self.policy.heavy(self.n), device=self.local_k.device)
+
+    def update(self, k: Tensor, v: Tensor, queries: Tensor | None = None) -> None:
+        """Add a chunk of tokens: choose and fold what falls out of the window, store what stays.
 
         Args:
-            k, v: [Lh, S, D]. Positions N0 + D(n) .. N0 + D(n + S) - 1 are folded in one step;
+            k, v: [Lh, S, D]. Positions N0 + D(n) .. N0 + D(n + S) - 1 are dropped in one step;
                 they may lie in the cache, in the chunk, or in both.
+            queries: [Lh, g, W, D] of the chunk's last W >= min(S, SELECT_QUERIES) tokens; not read
+                without heavy hitters, or where nothing is to be chosen.
 
         Raises:
+            UsageError: queries are needed and missing.
             RazorError: past ``n_max``.
         """
         start, end = self.n, _room(self.n, k.shape[1], self.n_max)
@@ -168,14 +186,13 @@ class LocalHeadsCache:
         device = self.local_k.device
 
         folded = torch.arange(sinks + self.policy.dropped(start), sinks + gone, device=device)
-        if len(folded) and self.policy.comp_tokens:
+        if len(folded) and (self.policy.comp_tokens or self.policy.heavy_hitters):
             # Read before the ring is written: a new token may take the row of a folded one.
             old, new = self.row_of(folded[folded < start]), folded[folded >= start] - start
+            old = torch.cat([self.heavy_rows(), old])
             keys = torch.cat([self.local_k[:, old], k[:, new]], dim=1)
             values = torch.cat([self.local_v[:, old], v[:, new]], dim=1)
-            for head in range(len(self.comp)):
-                fold(self.comp[head], self.comp_count[head], keys[head], values[head])
-            self.comp_log_weight.copy_(self.comp_count.log())
+            self._drop(keys, values, k.shape[1], queries)
 
         positions = torch.arange(start, end, device=device)
         positions = positions[self._is_kept(positions, gone)]
@@ -184,13 +201,44 @@ class LocalHeadsCache:
         self.local_v[:, index] = v[:, positions - start]
         self.n = end
 
+    def _drop(self, k: Tensor, v: Tensor, chunk: int, queries: Tensor | None) -> None:
+        """Choose the heavy hitters among the candidates and fold the others.
+
+        Args:
+            k, v: [Lh, C, D] candidates: the heavy hitters in row order, then what is dropped, by position.
+            chunk: tokens of the chunk.
+        """
+        first, most = self.policy.sink_tokens, self.policy.heavy_hitters
+        held, candidates = self.policy.heavy(self.n), k.shape[1]
+        exact = self.comp.dtype
+        wins = heavy.first_come(held, candidates - held, most, k.device).expand(len(k), -1)
+        if most and heavy.selects(chunk, candidates, most):
+            need = min(chunk, SELECT_QUERIES)
+            if queries is None or queries.shape[2] < need:
+                found = "none" if queries is None else str(queries.shape[2])
+                raise UsageError(
+                    f"queries: expected those of the chunk's last {need} tokens (a chunk of "
+                    f"{SELECT_MIN_CHUNK} or more chooses heavy hitters), found {found}"
+                )
+            q = queries[:, :, -need:]
+            wins = heavy.choose(heavy.scores(q, k.to(exact), v.to(exact), self.scale), most)
+        for head, win in enumerate(wins):
+            entering, rows = heavy.rows_of_winners(win, held)
+            self.local_k[head, first + rows] = k[head, entering]
+            self.local_v[head, first + rows] = v[head, entering]
+            lost = ~win
+            if self.policy.comp_tokens and bool(lost.any()):
+                fold(self.comp[head], self.comp_count[head], k[head, lost], v[head, lost])
+        self.comp_log_weight.copy_(self.comp_count.log())
+
     def grow(self, n_max: int) -> None:
         """Lay out the ring for sequences of up to ``n_max`` tokens, as a new cache would have it."""
-        kept, old = self.kept_positions(), self.ring_rows
-        source = self.row_of(kept)
+        kept, chosen, old = self.kept_positions(), self.heavy_rows(), self.ring_rows
+        source = torch.cat([self.row_of(kept), chosen])
         self.n_max, self.ring_rows = n_max, self.policy.ring_rows(n_max)
         if self.ring_rows != old:
-            target, rows = self.row_of(kept), self.policy.local_rows(n_max)
+            target = torch.cat([self.row_of(kept), chosen])
+            rows = self.policy.local_rows(n_max)
             self.local_k = _moved(self.local_k, source, target, rows)
             self.local_v = _moved(self.local_v, source, target, rows)
 
@@ -217,7 +265,7 @@ class LayerCache:
         retrieval_heads, local_heads: KV head indices, ascending, in the order of their caches.
 
     Raises:
-        UsageError: head counts that do not fit, n_max < 1, or ALiBi with M > 1.
+        UsageError: head counts that do not fit, n_max < 1, or ALiBi with M > 1 or H > 0.
     """
 
     def __init__(
@@ -259,7 +307,9 @@ class LayerCache:
             self.full = FullHeadsCache(len(chosen), head_dim, n_max, dtype, device)
         if self.local_heads:
             heads, alibi = len(self.local_heads), slopes is not None
-            self.local = LocalHeadsCache(policy, heads, head_dim, n_max, dtype, device, alibi)
+            self.local = LocalHeadsCache(
+                policy, heads, head_dim, n_max, dtype, device, alibi, self.scale
+            )
         self.dtype = dtype
         self.n = 0
 
@@ -297,7 +347,10 @@ class LayerCache:
             out[mine] = chunk_attention(
                 grouped[mine], part.rows(), k[mine], v[mine], self.n, self.scale, slopes
             ).to(q.dtype)
-            part.update(k[mine], v[mine])
+            if isinstance(part, LocalHeadsCache):
+                part.update(k[mine], v[mine], grouped[mine])
+            else:
+                part.update(k[mine], v[mine])
         self.n += q.shape[1]
         return out.flatten(0, 1)
 

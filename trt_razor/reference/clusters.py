@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LLOYD_ROUNDS = 4
-_DISTANCE_ELEMENTS = 1 << 24  # keys × clusters × D compared at once
+_DISTANCE_ELEMENTS = 1 << 22  # keys × clusters compared at once
 
 
 def seed_indices(folded: int, clusters: int) -> list[int]:
@@ -20,8 +20,8 @@ def seed_indices(folded: int, clusters: int) -> list[int]:
 def nearest(keys: Tensor, centroids: Tensor) -> Tensor:
     """Index of the centroid nearest to each key (Euclidean, ties to the lower index).
 
-    Distances are sums of squared differences, not ‖c‖² - 2k·c: the short form loses the small
-    differences that decide, and this is the oracle.
+    Distances are sums of squared differences in float64, not ‖c‖² - 2k·c: the short form loses the
+    small differences that decide, and this is the oracle.
 
     Args:
         keys: [F, D]. centroids: [M, D].
@@ -29,10 +29,11 @@ def nearest(keys: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         int64 [F].
     """
-    block = max(1, _DISTANCE_ELEMENTS // max(1, centroids.numel()))
+    block = max(1, _DISTANCE_ELEMENTS // max(1, len(centroids)))
+    centroids = centroids.double()
     owners = []
-    for part in keys.split(block):
-        distance = (part[:, None] - centroids).square().sum(-1)
+    for part in keys.double().split(block):
+        distance = torch.cdist(part, centroids, compute_mode="donot_use_mm_for_euclid_dist")
         # argmin does not promise the first of equal values; "is the minimum" as 0/1 and the
         # lowest index among those does.
         is_nearest = distance == distance.amin(-1, keepdim=True)

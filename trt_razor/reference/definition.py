@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trt_razor.errors import UsageError
-from trt_razor.policy import RazorPolicy
+from trt_razor.policy import SELECT_MIN_CHUNK, SELECT_QUERIES, RazorPolicy
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,16 @@ class DefinitionResult:
 
     Attributes:
         out: [g, n, D].
-        kept: positions held as rows of their own, ascending.
-        clusters: the M sets of dropped positions; a position is in exactly one of them (M >= 1).
+        kept: positions held as rows of their own, ascending; heavy hitters apart.
+        heavy: positions of the heavy hitters, in row order.
+        clusters: the M sets of dropped positions; a position that is no heavy hitter is in
+            exactly one of them (M >= 1).
         comp: [M, 2, D] mean key and mean value of each cluster, zero for an empty one.
     """
 
     out: Tensor
     kept: list[int]
+    heavy: list[int]
     clusters: list[list[int]]
     comp: Tensor
 
@@ -63,7 +66,8 @@ def razor_attention_by_definition(
         slopes: g ALiBi slopes, or None.
 
     Raises:
-        UsageError: the chunks do not sum to n, or ALiBi with more than one compensation token.
+        UsageError: the chunks do not sum to n, or ALiBi with more than one compensation token or
+            heavy hitters.
     """
     group, n, dim = q.shape
     if sum(chunks) != n:
@@ -73,9 +77,13 @@ def razor_attention_by_definition(
     comp_tokens = policy.comp_tokens if policy else 0
     if slopes is not None and comp_tokens > 1:
         raise UsageError(f"comp_tokens: expected 0 or 1 with ALiBi, found {comp_tokens}")
+    most = policy.heavy_hitters if policy else 0
+    if slopes is not None and most:
+        raise UsageError(f"heavy_hitters: expected 0 with ALiBi, found {most}")
 
     out = torch.empty_like(q)
     clusters: list[list[int]] = [[] for _ in range(comp_tokens)]
+    heavy: list[int] = []
     t0 = 0
     for length in chunks:
         t1 = t0 + length
@@ -86,7 +94,7 @@ def razor_attention_by_definition(
         mean_v = [_mean(v, c) for c in used]
         mean_position = sinks + (gone - 1) / 2
         for t in range(t0, t1):
-            seen = kept + list(range(t0, t + 1))
+            seen = kept + heavy + list(range(t0, t + 1))
             rows_k = torch.stack([*mean_k, *(k[p] for p in seen)])
             rows_v = torch.stack([*mean_v, *(v[p] for p in seen)])
             weight = torch.tensor([len(c) for c in used] + [1] * len(seen)).to(q)
@@ -99,8 +107,11 @@ def razor_attention_by_definition(
                 out[h, t] = (terms @ rows_v) / terms.sum()
         gone_after = policy.dropped(t1) if policy else 0
         folded = list(range(sinks + gone, sinks + gone_after))
-        if folded and comp_tokens:
-            clusters = _fold(clusters, folded, k)
+        if folded:
+            last = q[:, max(t0, t1 - SELECT_QUERIES) : t1] if length >= SELECT_MIN_CHUNK else None
+            heavy, lost = _choose(heavy, folded, most, k, v, last, scale)
+            if lost and comp_tokens:
+                clusters = _fold(clusters, lost, k)
         t0 = t1
 
     gone = policy.dropped(n) if policy else 0
@@ -109,11 +120,40 @@ def razor_attention_by_definition(
         if members:
             comp[m] = torch.stack([_mean(k, members), _mean(v, members)])
     kept = [p for p in range(n) if p < sinks or p >= sinks + gone]
-    return DefinitionResult(out, kept, clusters, comp)
+    return DefinitionResult(out, kept, heavy, clusters, comp)
+
+
+def _choose(
+    heavy: list[int],
+    dropped: list[int],
+    most: int,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor | None,
+    scale: float,
+) -> tuple[list[int], list[int]]:
+    """Heavy hitters by row after ``dropped`` (ascending) have left the window, and those that lose.
+
+    Args:
+        queries: [g, W, D] at the end of the chunk, None for a chunk too short to choose.
+    """
+    candidates = heavy + dropped
+    if queries is None or len(candidates) <= most:
+        room = most - len(heavy)
+        return heavy + dropped[:room], dropped[room:]
+    score = {
+        p: float(v[p].norm().log() + torch.logsumexp(scale * (queries @ k[p]).flatten(), 0))
+        for p in candidates
+    }
+    winners = sorted(candidates, key=lambda p: (-score[p], candidates.index(p)))[:most]
+    rows = [p if p in winners else None for p in heavy] + [None] * (most - len(heavy))
+    entering = [p for p in dropped if p in winners]
+    after = [entering.pop(0) if p is None else p for p in rows]
+    return after, [p for p in candidates if p not in winners]
 
 
 def _fold(clusters: list[list[int]], folded: list[int], k: Tensor) -> list[list[int]]:
-    """The clusters after the positions ``folded`` (ascending) have been dropped."""
+    """The clusters after the positions ``folded`` have joined them, in this order."""
     clusters = [list(c) for c in clusters]
     if not any(clusters):
         for m, members in enumerate(_seed(folded, k, min(len(clusters), len(folded)))):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,19 +19,29 @@ class ReadLayer:
     """One layer after a context of n tokens was read with full attention.
 
     Attributes:
-        k, v: [Hkv, n, D] after RoPE, in the dtype the context was read in.
-        queries: [Hq, w, D] after RoPE, of the last w tokens; w = n if the method asked for all.
+        k, v: [Hkv, n, D] after RoPE, in the dtype that sessions compute in (a context may have been
+            read in a narrower one). Shared by all methods and never written to.
+        queries: [Hq, w, D] after RoPE, of the last w tokens; w = n if the method asked for all. In
+            the dtype the context was read in.
         scale: logit scale s.
+        memo: what one method computed of this layer and another can use again.
     """
 
     k: Tensor
     v: Tensor
     queries: Tensor
     scale: float
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def n(self) -> int:
         return int(self.k.shape[1])
+
+    def of_heads(self, heads: Sequence[int]) -> ReadLayer:
+        """Some KV heads of it, with the query heads that share them, as a layer of their own."""
+        mine = list(heads)
+        q = self.queries.unflatten(0, (len(self.k), -1))[mine].flatten(0, 1)
+        return ReadLayer(self.k[mine], self.v[mine], q, self.scale)
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,12 @@ class Read:
 
 
 class Kept(Protocol):
-    """What one layer keeps; ``reference.cache.LayerCache`` is one.
+    """What one layer keeps (``methods.kept`` has those that methods need)."""
 
-    Attributes:
-        n: tokens so far, kept or not.
-    """
-
-    n: int
+    @property
+    def n(self) -> int:
+        """Tokens so far, kept or not."""
+        ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """New tokens, q [Hq, S, D], k and v [Hkv, S, D], see what is kept and join it → [Hq, S, D]."""
@@ -66,6 +75,10 @@ class Kept(Protocol):
 
         Honest: scales, float32 rows and indices count. Room for more tokens does not.
         """
+        ...
+
+    def fork(self) -> Kept:
+        """An equal one that goes its own way; what never changes is shared, not copied."""
         ...
 
 

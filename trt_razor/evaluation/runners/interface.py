@@ -33,6 +33,14 @@ class Context(Protocol):
         """A session under a method; the context itself is unharmed and can be compressed again."""
         ...
 
+    def extended(self, tokens: Sequence[int]) -> Context:
+        """The context and more tokens, without reading the first part again.
+
+        For query-aware methods: extend by the question but for its last token, compress, and feed
+        that one for the first logits.
+        """
+        ...
+
 
 class Runner(Protocol):
     """Attributes:

@@ -7,8 +7,9 @@ they belong to; ``RazorLayer.attend``, called by the attention function, compute
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,19 @@ class KvBytes:
     dense: int
 
 
+class Row(Protocol):
+    """What one layer keeps of one sequence."""
+
+    @property
+    def n(self) -> int:
+        """Its tokens so far, kept or not."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """New tokens, q [Hq, S, D], k and v [Hkv, S, D], see what is kept and join it → [Hq, S, D]."""
+        ...
+
+
 class RazorLayer(CacheLayerMixin):
     """One layer: a LayerCache a sequence, made when the first tokens come."""
 
@@ -64,7 +78,7 @@ class RazorLayer(CacheLayerMixin):
     def __init__(self, plan: Plan, index: int, n_max: int | None) -> None:
         super().__init__()
         self.plan, self.index, self.n_max = plan, index, n_max
-        self.rows: list[LayerCache] = []
+        self.rows: list[Row] = []
         self.seen = 0  # places of the batch, padding included: what transformers counts
         self._pending = False
 
@@ -159,15 +173,17 @@ class RazorLayer(CacheLayerMixin):
                 self.rows = [self._new_row(q, k, scale, longest) for _ in range(batch)]
                 self.is_initialized = True
             for row, pad in zip(self.rows, padding, strict=True):
-                row.grow(self._room(row.n + places - pad))
-        kernels = self.plan.kernels.choose(self.rows[0], q.device)
+                if isinstance(row, LayerCache):
+                    row.grow(self._room(row.n + places - pad))
         out = q.new_zeros(q.shape)
         for b, (row, pad) in enumerate(zip(self.rows, padding, strict=True)):
             if pad == places:
                 continue
             new = q[b, :, pad:], k[b, :, pad:], v[b, :, pad:]
-            done = kernel_attention(kernels, row, *new) if kernels else row.attend(*new)
-            out[b, :, pad:] = done
+            if isinstance(row, LayerCache) and (kernels := self.plan.kernels.choose(row, q.device)):
+                out[b, :, pad:] = kernel_attention(kernels, row, *new)
+            else:
+                out[b, :, pad:] = row.attend(*new)
         self.seen += places
         return out.transpose(1, 2)
 
@@ -175,6 +191,8 @@ class RazorLayer(CacheLayerMixin):
         """Forget the last ``-tokens`` tokens (or, > 0, as in transformers 4, all after so many)."""
         away = -tokens if tokens <= 0 else max(0, self.seen - tokens)
         for row in self.rows:
+            if not isinstance(row, LayerCache):
+                _refuse("forgetting tokens of rows that came ready-made")
             if away > row.n:
                 raise UsageError(f"Razor cache: expected to remove 0..{row.n} tokens, found {away}")
             row.set_length(row.n - away)
@@ -228,6 +246,19 @@ class RazorCache(Cache):
         self.plan = plan
         super().__init__(layers=[RazorLayer(plan, i, n_max) for i in range(plan.num_layers)])
 
+    @classmethod
+    def of_rows(cls, plan: Plan, rows: Sequence[Row]) -> RazorCache:
+        """A cache of one sequence, from what its layers keep; see ``Razor.cache_of``."""
+        if len(rows) != plan.num_layers:
+            raise UsageError(f"rows: expected {plan.num_layers}, one a layer, found {len(rows)}")
+        lengths = {row.n for row in rows}
+        if len(lengths) != 1:
+            raise UsageError(f"rows: expected as many tokens in each, found {sorted(lengths)}")
+        cache = cls(plan)
+        for layer, row in zip(cache.layers, rows, strict=True):
+            layer.rows, layer.seen, layer.is_initialized = [row], row.n, True
+        return cache
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; only while no head has dropped any.
 
@@ -242,7 +273,7 @@ class RazorCache(Cache):
                 self.plan.policy.dropped(row.n)
                 for layer in self.layers
                 for row in layer.rows
-                if row.local
+                if isinstance(row, LayerCache) and row.local
             ),
             default=0,
         )
@@ -259,6 +290,8 @@ class RazorCache(Cache):
         allocated = needed = dense = 0
         for layer in self.layers:
             for row in layer.rows:
+                if not isinstance(row, LayerCache):
+                    _refuse("counting the bytes of rows that came ready-made")
                 allocated += sum(t.untyped_storage().nbytes() for t in _state(row))
                 # Compensation tokens are float32 beside half precision, else of the cache's dtype.
                 name = str(row.dtype).removeprefix("torch.")
@@ -288,4 +321,4 @@ def _state(row: LayerCache) -> list[Tensor]:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise UsageError(f"Razor cache: {what} is not supported; sequences share no rows in it")
+    raise UsageError(f"Razor cache: {what} is not supported")

@@ -14,11 +14,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from trt_razor.errors import UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.kernels import RazorKernels
-from trt_razor.models.spec import spec_from_hf_config
 from trt_razor.policy import RazorPolicy
 from trt_razor.reference.hf import attention
-from trt_razor.reference.hf.cache import KvBytes, RazorCache
+from trt_razor.reference.hf.cache import KvBytes, RazorCache, Row
 from trt_razor.reference.hf.gpu import KernelChoice
+from trt_razor.reference.hf.load import fingerprint_of
 from trt_razor.reference.hf.plan import Plan
 
 Heads = HeadMap | Sequence[Sequence[int]]
@@ -59,6 +59,17 @@ class Razor:
             n_max: longest sequence in tokens, allocated at once; None grows with the tokens.
         """
         return RazorCache(self.plan, n_max)
+
+    def cache_of(self, rows: Sequence[Row]) -> RazorCache:
+        """A cache of one sequence that is there already: what each layer keeps of it.
+
+        ``LayerCache`` is one such row; another kind (a baseline's) joins in attention all the same,
+        but has no ``kv_bytes``, and no kernels.
+
+        Raises:
+            UsageError: not one row a layer, or rows that have seen different numbers of tokens.
+        """
+        return RazorCache.of_rows(self.plan, rows)
 
     def kv_bytes(self, cache: Cache) -> KvBytes:
         """Bytes of a cache: allocated, needed, and what dense attention would hold.
@@ -182,7 +193,7 @@ def _heads(
     if head_map is None:
         return (tuple(range(heads)),) * layers
     if isinstance(head_map, HeadMap):
-        fingerprint = _fingerprint(config, name)
+        fingerprint = fingerprint_of(config, name)
         if fingerprint is not None:
             head_map.check_model(fingerprint, name, "head map")
         if head_map.num_kv_heads != heads:
@@ -200,15 +211,3 @@ def _heads(
                 f"head map: layer {i}: expected KV heads 0..{heads - 1}, found {list(row)}"
             )
     return tuple(tuple(sorted(set(row))) for row in rows)
-
-
-def _fingerprint(config: Any, name: str) -> str | None:
-    """``ModelSpec.fingerprint``; None for a model that ModelSpec does not know."""
-    fields = config.to_dict()
-    # How the weights are stored says nothing about what a head does.
-    for stored in ("quantization_config", "dtype", "torch_dtype"):
-        fields.pop(stored, None)
-    try:
-        return spec_from_hf_config(fields, name).fingerprint()
-    except UsageError:
-        return None

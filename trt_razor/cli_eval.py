@@ -1,0 +1,201 @@
+"""``trt-razor eval``: tasks × methods of one YAML file, and the report of a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trt_razor.console import Bars, out, say
+from trt_razor.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from trt_razor.evaluation.config import RunConfig
+    from trt_razor.evaluation.records import RecordFolder
+    from trt_razor.evaluation.run import Summary
+
+TEXT = "measure what a model loses with a smaller KV cache"
+EPILOG = """\
+examples:
+  %(prog)s smoke                          a minute: does everything work here?
+  %(prog)s quick --model ./my-checkpoint  a first look at a model
+  %(prog)s my-run.yaml --output results   stopped? the same command goes on
+  %(prog)s --report results               tables and pictures again, from the records
+  %(prog)s --list                         tasks, methods and their options
+"""
+OUTPUT = Path("evaluations")
+"""Where results go without --output, in a folder of the run's name."""
+RUNS = Path(__file__).parent / "evaluation" / "runs"
+
+
+def add_command(commands: Any) -> None:
+    """Put ``eval`` beside the other commands."""
+    p = commands.add_parser(
+        "eval",
+        help=TEXT,
+        description=f"{TEXT.capitalize()}.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "run_file", nargs="?", metavar="RUN.yaml", help="a run's file, or a bundled name"
+    )
+    p.add_argument("--model", metavar="NAME|DIR", help="instead of the file's model")
+    p.add_argument("--device", metavar="NAME", help="instead of the file's device: cpu, cuda …")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"results (default: {OUTPUT}/NAME); resumed if there",
+    )
+    p.add_argument("--restart", action="store_true", help="forget the results that are there")
+    p.add_argument("--retry", action="store_true", help="try again what failed, keep the rest")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each group")
+    p.add_argument(
+        "--report", type=Path, metavar="DIR", help="write the report of these results again"
+    )
+    p.add_argument("--list", action="store_true", help="show tasks, methods and bundled runs")
+    p.set_defaults(run=run_eval)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """The command; its exit code is 1 if a method failed on a sample."""
+    asked = [args.run_file is not None, args.report is not None, args.list]
+    if sum(asked) != 1:
+        raise UsageError("expected one of RUN.yaml, --report DIR, --list")
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit: expected at least 1, found {args.limit}")
+    if args.restart and args.retry:
+        raise UsageError("--restart forgets everything, --retry only what failed; give one of them")
+    if args.list:
+        return _list()
+    if args.report is not None:
+        return _report(args)
+    return _run(args)
+
+
+def find_run(name: str) -> Path:
+    """The file of a run: a path, or the name of a bundled one.
+
+    Raises:
+        UsageError: neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = {p.stem: p for p in sorted(RUNS.glob("*.yaml"))}
+    if path.name == name and name.removesuffix(".yaml") in bundled:
+        return bundled[name.removesuffix(".yaml")]
+    raise UsageError(
+        f"{name}: no such file, and no bundled run; {did_you_mean(path.stem, bundled)}"
+    )
+
+
+# Run ----------------------------------------------------------------------------------------------
+def _run(args: argparse.Namespace) -> int:
+    from trt_razor.evaluation.config import load_config
+    from trt_razor.evaluation.records import RecordFolder
+    from trt_razor.evaluation.report import remove_report, write_report
+
+    override = {k: getattr(args, k) for k in ("model", "device") if getattr(args, k) is not None}
+    config = load_config(find_run(args.run_file), override)
+    folder = args.output or OUTPUT / _folder_name(config, args.model)
+    with RecordFolder(folder, config.hash(), config.to_json(), args.restart) as output:
+        if args.restart:
+            remove_report(folder)
+        if args.retry:
+            say(f"{output.drop_errors()} failed results are tried again")
+        try:
+            summary = _compute(config, output, args.limit)
+        except KeyboardInterrupt:
+            say(f"{len(output.records)} results are kept in {folder}; the same command goes on")
+            raise
+    with Bars() as bars:
+        bars("report", 0, 1)
+        report = write_report(folder)
+        bars("report", 1, 1)
+    out.print(f"{summary.known + summary.computed} results: {report}", markup=False)
+    return _name_errors(summary)
+
+
+def _compute(config: RunConfig, output: RecordFolder, limit: int | None) -> Summary:
+    from trt_razor.evaluation.run import lanes_of, open_runners, run
+
+    with Bars() as bars:
+        lanes = lanes_of(config, *open_runners(config))
+        say(", ".join(dict.fromkeys(lane.runner.label for lane in lanes)))
+        return run(config, lanes, output, bars, say, limit)
+
+
+def _name_errors(summary: Summary) -> int:
+    from trt_razor.evaluation.report import errors_of
+
+    failed = errors_of(summary.errors)
+    for e in failed:
+        say(
+            f"failed: {e['method']} on {e['task']}, {e['samples']} "
+            f"sample{'s' * (e['samples'] > 1)}: {e['reason']}"
+        )
+    return int(bool(failed))
+
+
+def _folder_name(config: RunConfig, model: str | None) -> str:
+    """A run on another model than its file's has a folder of its own."""
+    from trt_razor.build import safe_name
+
+    return config.name if model is None else f"{config.name}-{safe_name(Path(model).name)}"
+
+
+# Report -------------------------------------------------------------------------------------------
+def _report(args: argparse.Namespace) -> int:
+    from trt_razor.evaluation.report import write_report
+
+    for name in ("output", "restart", "retry", "limit", "model", "device"):
+        if getattr(args, name):
+            raise UsageError(f"--{name}: --report takes a results folder alone")
+    out.print(str(write_report(args.report)), markup=False)
+    return 0
+
+
+# List ---------------------------------------------------------------------------------------------
+def _list() -> int:
+    from trt_razor.evaluation.methods.interface import METHODS
+    from trt_razor.evaluation.tasks.interface import TASKS
+
+    for registry in (TASKS, METHODS):
+        out.print(f"{registry.kind}s", style="bold")
+        for name in registry.names():
+            cls = registry.get(name)
+            out.print(f"  {name}: {_first_line(cls)}", markup=False)
+            for f in dataclasses.fields(cls):
+                out.print(f"      {f.name}{_default(f)}", markup=False)
+    out.print("runs", style="bold")
+    for path in sorted(RUNS.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        out.print(f"  {path.stem}: {first.lstrip('# ')}", markup=False)
+    return 0
+
+
+def _first_line(cls: Any) -> str:
+    return (inspect.getdoc(cls) or "").split("\n")[0]
+
+
+def _default(f: dataclasses.Field[Any]) -> str:
+    if f.default is not dataclasses.MISSING:
+        return f" = {_spelled(f.default)}"
+    if f.default_factory is not dataclasses.MISSING:
+        return f" = {_spelled(f.default_factory())}"
+    return " (required)"
+
+
+def _spelled(value: Any) -> str:
+    """As a YAML file spells it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_spelled(v) for v in value)}]"
+    return str(value)

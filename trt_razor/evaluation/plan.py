@@ -1,0 +1,111 @@
+"""Which samples a run asks under which methods: known before the first context is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from trt_razor.errors import UsageError
+from trt_razor.evaluation.config import MethodEntry, RunConfig, TaskEntry
+from trt_razor.evaluation.samples import Sample
+from trt_razor.models.tokenizer import Tokenizer
+
+Key = tuple[str, str, str]
+"""(task label, sample id, method label)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sample and its number in its group, from 0; ``cost``: tokens, for the time left."""
+
+    task: str
+    sample: str
+    context: str
+    number: int
+    cost: float
+
+    def keys(self, labels: Sequence[str], trials: dict[str, int | None]) -> list[Key]:
+        """Under which methods it is asked."""
+        return [
+            (self.task, self.sample, label)
+            for label in labels
+            if trials.get(label) is None or self.number < trials[label]  # type: ignore[operator]
+        ]
+
+
+def trials_of(methods: Sequence[MethodEntry]) -> dict[str, int | None]:
+    return {m.label: m.trials for m in methods}
+
+
+def contexts(
+    entry: TaskEntry, tokenizer: Tokenizer, seed: int, limit: int | None
+) -> Iterator[list[tuple[Sample, Wanted]]]:
+    """The samples of a task, those of one context together.
+
+    Args:
+        limit: only the first so many samples of each group; None = all.
+
+    Raises:
+        UsageError: a task that breaks its promises: an id twice, samples of one context apart, an
+            empty context.
+    """
+    ids: set[str] = set()
+    seen: set[str] = set()
+    numbers: Counter[str] = Counter()
+    made = entry.task.samples(tokenizer, seed)
+    for context_id, group in groupby(made, key=lambda s: s.context_id):
+        if context_id in seen:
+            raise UsageError(
+                f"task {entry.label}: samples of context {context_id} are not together"
+            )
+        seen.add(context_id)
+        samples = list(group)
+        chosen: list[tuple[Sample, Wanted]] = []
+        for sample in samples:
+            if sample.id in ids:
+                raise UsageError(f"task {entry.label}: sample {sample.id} is there twice")
+            ids.add(sample.id)
+            if len(sample.context) < 2:
+                raise UsageError(
+                    f"task {entry.label}: sample {sample.id}: expected a context of at least 2 "
+                    f"tokens, found {len(sample.context)}"
+                )
+            number = numbers[sample.group]
+            numbers[sample.group] += 1
+            if limit is None or number < limit:
+                cost = len(sample.context) / len(samples) + _following(sample)
+                chosen.append((sample, Wanted(entry.label, sample.id, context_id, number, cost)))
+        if chosen:
+            yield chosen
+
+
+def plan(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    progress: Callable[[str, int, int], None],
+) -> list[Wanted]:
+    """All samples of a run, without their tokens. The samples are made for it, and made again later:
+    a wrong data file shows before the first minute of work, and the time left is known.
+
+    Raises:
+        UsageError: what the tasks raise, or a run without samples.
+    """
+    wanted: list[Wanted] = []
+    total = sum(entry.task.count() for entry in config.tasks)
+    for entry in config.tasks:
+        before = len(wanted)
+        for together in contexts(entry, tokenizer, config.seed, limit):
+            wanted += [w for _, w in together]
+            progress("samples", min(len(wanted), total), total)
+        if len(wanted) == before:
+            raise UsageError(f"task {entry.label}: has no samples with these options")
+    progress("samples", total, total)
+    return wanted
+
+
+def _following(sample: Sample) -> int:
+    turns = sum(len(t.prompt) + max(len(t.answer), t.max_new_tokens // 4) for t in sample.turns)
+    return turns + len(sample.continuation)
