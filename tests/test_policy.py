@@ -106,7 +106,8 @@ def test_json_round_trip(policy: RazorPolicy) -> None:
         ("comp_tokens", -1),
         ("comp_tokens", MAX_COMP_TOKENS + 1),
         ("comp_tokens", None),
-        ("heavy_hitters", 1),
+        ("heavy_hitters", -1),
+        ("heavy_hitters", MAX_HEAVY_HITTERS + 1),
     ],
 )
 def test_wrong_value_names_the_field(field: str, value: object) -> None:

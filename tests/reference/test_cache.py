@@ -185,7 +185,7 @@ def test_when_heavy_hitters_are_chosen(tokens: int, chunk: int, chooses: bool) -
 def test_missing_queries_are_refused_where_they_decide() -> None:
     local = LocalHeadsCache(RazorPolicy(0, 4, None, 1, 2), 1, 2, 60)
     x = torch.ones(1, 40, 2)
-    with pytest.raises(UsageError, match="last 40 tokens .* found none"):
+    with pytest.raises(UsageError, match=r"last 40 tokens .* found none"):
         local.update(x, x)
     with pytest.raises(UsageError, match="found 39"):
         local.update(x, x, torch.ones(1, 3, 39, 2))

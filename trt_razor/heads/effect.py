@@ -14,7 +14,6 @@ Contexts are read with dense attention; only what the answer sees differs. Memor
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +32,6 @@ from trt_razor.reference.decoder import ReferenceDecoder
 
 SLAB_BYTES = 32 << 20
 """About the size of one temporary of attention logits, and of output logits."""
-
-# The decoder's methods are for inference and switch gradients off; these are what they wrap.
-_QKV = inspect.unwrap(ReferenceDecoder.qkv)
-_FINISH = inspect.unwrap(ReferenceDecoder.finish)
-_LOGITS = inspect.unwrap(ReferenceDecoder.logits)
 
 Step = Callable[[], None]
 
@@ -194,7 +188,7 @@ def _project(
     variants, tokens, _ = x.shape
     positions = torch.arange(start, start + tokens, device=x.device).repeat(variants)
     q, k, v = (
-        y.unflatten(1, (variants, tokens)) for y in _QKV(decoder, layer, x.flatten(0, 1), positions)
+        y.unflatten(1, (variants, tokens)) for y in decoder.qkv(layer, x.flatten(0, 1), positions)
     )
     return q.unflatten(0, (decoder.spec.num_kv_heads, -1)), k, v
 
@@ -228,13 +222,13 @@ def _attend(q: Tensor, past: CachedRows, k: Tensor, v: Tensor, scale: float) -> 
 
 def _finish(decoder: ReferenceDecoder, layer: int, x: Tensor, out: Tensor) -> Tensor:
     """x [V, S, hidden] and attention [Hkv, g, V, S, D] → the residual stream behind the layer."""
-    flat: Tensor = _FINISH(decoder, layer, x.flatten(0, 1), out.flatten(0, 1).flatten(1, 2))
+    flat: Tensor = decoder.finish(layer, x.flatten(0, 1), out.flatten(0, 1).flatten(1, 2))
     return flat.view_as(x)
 
 
 def _loss(decoder: ReferenceDecoder, x: Tensor, probe: AnswerProbe) -> Tensor:
     """Mean loss of the answer's tokens, nats. x: [S, hidden] behind the last layer."""
-    logits = _LOGITS(decoder, x[probe.first - 1 :])
+    logits = decoder.logits(x[probe.first - 1 :])
     return torch.nn.functional.cross_entropy(logits, _tensor(probe.answer, decoder))
 
 

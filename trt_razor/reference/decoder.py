@@ -73,7 +73,6 @@ class ReferenceDecoder:
             return self._weight(name)[ids]
         return self._convert(self._raw(name)[ids.cpu().numpy()])  # no need to convert them all
 
-    @torch.no_grad()
     def qkv(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a layer, ready for attention.
 
@@ -102,7 +101,6 @@ class ReferenceDecoder:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         return q, k, v
 
-    @torch.no_grad()
     def finish(self, layer: int, x: Tensor, attention: Tensor) -> Tensor:
         """The rest of a layer: output projection, residual, MLP (SwiGLU), residual.
 
@@ -130,7 +128,6 @@ class ReferenceDecoder:
         ]
         return x + torch.cat(parts)
 
-    @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and output projection: [S, hidden] → [S, vocab]."""
         x = self._norm(x, "model.norm.weight")

@@ -5,14 +5,22 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trt_razor.errors import UsageError, did_you_mean
 from trt_razor.evaluation.methods.interface import Read
 from trt_razor.headmap import HeadMap
+from trt_razor.heads.selection import (
+    MEASURED,
+    SelectionOptions,
+    check_share,
+    select,
+    share_count,
+    with_share,
+)
 from trt_razor.heads.selection import METHODS as RANKINGS
-from trt_razor.heads.selection import SelectionOptions, check_share, select, share_count
 from trt_razor.recipes import recipe_of
 
 Heads = tuple[tuple[int, ...], ...]
@@ -28,7 +36,7 @@ class HeadOptions:
     Attributes:
         heads: a head map file, or "shipped": the one that comes with the package for this model.
         ranking: how heads are chosen anew from the map's scores (``heads.selection``): paper,
-            combined, echo or induction; "random" needs no scores; None: the map's own choice.
+            combined, echo, induction, effect or gradient; "random" needs no scores; None: the map's own choice.
         share: of all KV heads, rounded up; of ``paper``, the share by induction. None: what
             ``SelectionOptions`` says.
         echo_share: of ``paper``, the share by echo.
@@ -78,28 +86,30 @@ class HeadOptions:
             )
         if self.ranking is None:
             return found.retrieval_heads
-        if not {"echo", "induction"} <= set(found.scores):
+        needs = {self.ranking} if self.ranking in MEASURED else {"echo", "induction"}
+        if not needs <= set(found.scores):
             raise UsageError(
-                f"heads: {self.heads}: ranking '{self.ranking}' needs the scores echo and induction, "
-                f"found {', '.join(found.scores) or 'none'}"
+                f"heads: {self.heads}: ranking '{self.ranking}' needs the scores "
+                f"{' and '.join(sorted(needs))}, found {', '.join(found.scores) or 'none'}"
             )
         scores = {name: np.array(table) for name, table in found.scores.items()}
         return select(scores, self._selection()).heads
 
     def _selection(self) -> SelectionOptions:
-        fields: dict[str, object] = {"method": self.ranking}
-        name = {"combined": "combined_share", "echo": "echo_share"}.get(
-            str(self.ranking), "induction_share"
-        )
-        if self.share is not None:
-            fields[name] = self.share
+        fields: dict[str, Any] = {"method": self.ranking}
         if self.ranking == "echo":
             fields["min_echo"] = 0  # the share alone decides
-        if self.echo_share is not None:
-            fields["echo_share"] = self.echo_share
         if self.min_echo is not None:
             fields["min_echo"] = self.min_echo
-        return SelectionOptions(**fields)  # type: ignore[arg-type]
+        if self.ranking != "paper":
+            options = SelectionOptions(**fields)
+            return options if self.share is None else with_share(options, self.share)
+        # Of the paper's two shares each is said by itself.
+        if self.share is not None:
+            fields["induction_share"] = self.share
+        if self.echo_share is not None:
+            fields["echo_share"] = self.echo_share
+        return SelectionOptions(**fields)
 
 
 def _load(heads: str, fingerprint: str | None, model: str) -> HeadMap:

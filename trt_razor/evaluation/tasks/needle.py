@@ -44,6 +44,59 @@ _TEST = (
 NAMES = {"calibration": _CALIBRATION.split(), "test": _TEST.split()}
 
 
+@dataclass(frozen=True)
+class Wording:
+    """How a needle is put and asked for: {} is a name, or several.
+
+    Heads that find one wording need not find another: report more than one.
+    """
+
+    fact: str
+    question: str
+    lead: str
+    questions: str
+    leads: str
+
+
+WORDINGS = {
+    "number": Wording(
+        "The magic number for {} is",
+        "What is the magic number for {}?",
+        "The magic number for {} is",
+        "What are the magic numbers for {}?",
+        "The magic numbers for {} are",
+    ),
+    "code": Wording(
+        "The secret code of the {} office is",
+        "What is the secret code of the {} office?",
+        "The secret code of the {} office is",
+        "What are the secret codes of the {} offices?",
+        "The secret codes of the {} offices are",
+    ),
+    "printer": Wording(
+        "The printer on the {} floor has the serial number",
+        "Which serial number does the printer on the {} floor have?",
+        "The printer on the {} floor has the serial number",
+        "Which serial numbers do the printers on the {} floors have?",
+        "The printers on the {} floors have the serial numbers",
+    ),
+    "members": Wording(
+        "Last year the chess club of {} had exactly",
+        "How many members did the chess club of {} have last year?",
+        "Last year the chess club of {} had exactly",
+        "How many members did the chess clubs of {} have last year?",
+        "Last year the chess clubs of {} had exactly",
+    ),
+    "room": Wording(
+        "The key to the house in {} is kept in locker",
+        "In which locker is the key to the house in {} kept?",
+        "The key to the house in {} is kept in locker",
+        "In which lockers are the keys to the houses in {} kept?",
+        "The keys to the houses in {} are kept in lockers",
+    ),
+}
+
+
 @TASKS.add("needle")
 @dataclass(frozen=True)
 class Needle:
@@ -60,6 +113,7 @@ class Needle:
         depths: places of the needles, 0 (start) to 1 (end), given to the needles in turn, so that
             every one is met equally often; at random if empty.
         depth_range: where random places lie.
+        wording: of the needles, a name in ``WORDINGS``.
         text, part: the haystack, see ``evaluation.text``.
     """
 
@@ -70,6 +124,7 @@ class Needle:
     mode: str = "single"
     depths: tuple[float, ...] = ()
     depth_range: tuple[float, float] = (0.0, 1.0)
+    wording: str = "number"
     text: str = "python"
     part: str = "test"
 
@@ -79,6 +134,8 @@ class Needle:
         check_text(self.text, self.part)
         if self.mode not in MODES:
             raise UsageError(f"mode '{self.mode}': {did_you_mean(str(self.mode), MODES)}")
+        if self.wording not in WORDINGS:
+            raise UsageError(f"wording '{self.wording}': {did_you_mean(self.wording, WORDINGS)}")
         most = len(NAMES[self.part])
         if not 1 <= self.needles <= most:
             raise UsageError(f"needles: expected 1 .. {most}, found {self.needles}")
@@ -124,12 +181,13 @@ class Needle:
             rest = [i for i in range(self.needles) if i not in order]
             for i, needle in enumerate([*order, *rest]):
                 depths[needle] = self.depths[(index * len(order) + i) % len(self.depths)]
-        facts = [f"The magic number for {n} is {v}." for n, v in zip(names, values, strict=True)]
+        say = WORDINGS[self.wording]
+        facts = [f"{say.fact.format(n)} {v}." for n, v in zip(names, values, strict=True)]
         filler = itertools.chain(text.sentences[start:], text.sentences[:start])
 
-        asks = [_ask([names[i]], [values[i]]) for i in order]
+        asks = [_ask(say, [names[i]], [values[i]]) for i in order]
         if self.mode == "together":
-            asks = [_ask([names[i] for i in order], [values[i] for i in order])]
+            asks = [_ask(say, [names[i] for i in order], [values[i] for i in order])]
         frames = [frame(tokenizer, INSTRUCTION, asks)]
         if self.mode == "single":
             frames = [frame(tokenizer, INSTRUCTION, [a]) for a in asks[:wanted]]
@@ -140,6 +198,7 @@ class Needle:
             shown = [needle] if self.mode == "single" else order
             meta: dict[str, Any] = {
                 "length": length,
+                "wording": self.wording,
                 # A picture's depth is one number: a sample about several needles has none.
                 **({"depth": round(depths[needle], 4)} if len(shown) == 1 else {}),
                 "needle": needle,
@@ -161,16 +220,11 @@ class Needle:
             )
 
 
-def _ask(names: list[str], values: list[str]) -> Ask:
+def _ask(say: Wording, names: list[str], values: list[str]) -> Ask:
     if len(names) == 1:
-        lead = f"The magic number for {names[0]} is"
-        return Ask(f"What is the magic number for {names[0]}?", lead, values[0])
+        return Ask(say.question.format(names[0]), say.lead.format(names[0]), values[0])
     who = _listed(names)
-    return Ask(
-        f"What are the magic numbers for {who}?",
-        f"The magic numbers for {who} are",
-        _listed(values),
-    )
+    return Ask(say.questions.format(who), say.leads.format(who), _listed(values))
 
 
 def _listed(words: list[str]) -> str:
