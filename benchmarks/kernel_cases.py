@@ -120,13 +120,13 @@ def dense_bytes(shape: Shape, batch: int, past: int) -> int:
 def razor_bytes(shape: Shape, batch: int, past: int, retrieval: int, policy: RazorPolicy) -> int:
     """Cache bytes that a decode step with ``retrieval`` retrieval heads must read.
 
-    Rows that the definition names, each once: sinks and window, the new token, and the fp32
-    compensation tokens with their log-weights.
+    Rows that the definition names, each once: sinks, heavy hitters and window, the new token, and
+    the fp32 compensation tokens with their log-weights.
     """
     full = (past + 1) * row_bytes(shape.head_dim)
-    dropped = policy.dropped(past)
-    local = (past + 1 - dropped) * row_bytes(shape.head_dim)
-    if dropped:
+    folded = policy.dropped(past) - policy.heavy(past)
+    local = (past + 1 - folded) * row_bytes(shape.head_dim)
+    if folded:
         local += policy.comp_tokens * (2 * shape.head_dim + 1) * 4
     return batch * (retrieval * full + (shape.num_kv_heads - retrieval) * local)
 

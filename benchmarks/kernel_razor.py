@@ -118,17 +118,17 @@ class Memory:
             local = ContiguousView(pool.take(*shape), pool.take(*shape))
         if layer.comp_tokens:
             assert layer.policy is not None
-            dropped = layer.policy.dropped(past)
+            folded = layer.policy.dropped(past) - layer.policy.heavy(past)
             weights = (batch, layer.num_local, layer.comp_tokens)
             comp = Compensation(
                 torch.randn(*weights, 2, dim, device=pool.device),
                 torch.full(weights, -math.inf, device=pool.device),
                 torch.zeros(weights, device=pool.device),
             )
-            used = min(layer.comp_tokens, dropped)
+            used = min(layer.comp_tokens, folded)
             if used:
-                comp.count[..., :used] = dropped / used
-                comp.log_weight[..., :used] = math.log(dropped / used)
+                comp.count[..., :used] = folded / used
+                comp.log_weight[..., :used] = math.log(folded / used)
         return cls(layer, Caches(full, local, comp), batch)
 
 
@@ -348,7 +348,8 @@ def _state(
         sinks, dropped = policy.sink_tokens, policy.dropped(past)
         window = torch.arange(min(past, sinks + dropped), past, device=device)
         ring = layer.c_struct.local_ring_offset + (window - sinks) % layer.c_struct.ring_rows
-        rows = torch.cat([torch.arange(min(sinks, past), device=device), ring])
+        front = min(sinks, past) + policy.heavy(past)  # heavy hitters follow the sinks
+        rows = torch.cat([torch.arange(front, device=device), ring])
     k, v = view.k[sequence, head, rows].double(), view.v[sequence, head, rows].double()
     extra = k.new_zeros(len(rows))
     if kind == "local" and isinstance(comp, Compensation):

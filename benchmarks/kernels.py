@@ -380,9 +380,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--library", help="librazor.so; default: the one of make plugin")
     p.add_argument("--output", help="JSON file; default: benchmarks/results/kernels-<gpu>.json")
     p.add_argument("--no-plot", action="store_true")
+    p.add_argument(
+        "--policy",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='fields of RazorPolicy, such as {"min_window": 128, "heavy_hitters": 64}; default: the paper\'s',
+    )
     # For the tests: the whole run in small, without a GPU.
     p.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    p.add_argument("--policy", type=json.loads, default={}, help=argparse.SUPPRESS)
     p.add_argument("--copy-bytes", type=int, default=2 << 30, help=argparse.SUPPRESS)
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)

@@ -81,6 +81,8 @@ def process(*argv: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     (["build", "--model", "qwen-7b", "--razor", "--compression", "x"], "expected an integer or"),
     (["build", "--model", "qwen-7b", "--razor", "--compression", "0"], "policy.compression"),
     (["build", "--model", "qwen-7b", "--razor", "--comp-tokens", "999"], "policy.comp_tokens"),
+    (["build", "--model", "qwen-7b", "--razor", "--heavy-hitters", "1025"], "policy.heavy_hitters"),
+    (["build", "--model", "qwen-7b", "--heavy-hitters", "8"], "--heavy-hitters: .*add --razor"),
     (["build", "--model", "qwen-7b", "--backend", "cuda"], "backend 'cuda': unknown"),
     (["build", "--model", "qwen-7b", "--max-seq-len", "0"], "max_seq_len: expected at least 2"),
     (["build", "--model", "qwen-7b", "--max-seq-len", "40000"], "max_seq_len: expected at most"),

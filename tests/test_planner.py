@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import subprocess
@@ -119,6 +120,7 @@ policies = st.builds(
     min_window=st.integers(1, 60),
     compression=st.none() | st.integers(2, 8),
     comp_tokens=st.integers(0, 5),
+    heavy_hitters=st.sampled_from([0, 0, 1, 7]),
 )
 head_sets = st.lists(st.sets(st.integers(0, 3)).map(sorted), min_size=3, max_size=3)
 
@@ -192,6 +194,55 @@ def test_need_before_and_after_the_first_drop() -> None:
     assert kv_at(TINY, 0.0, policy, 500).full_bytes == 12 * 500 * row
     assert kept_share(0.0, policy, 10) == 1.0
     assert kept_share(0.5, policy, 100) == pytest.approx(0.5 + 0.5 * (2 + 4 + 8) / 100, rel=1e-12)
+
+
+def test_need_with_heavy_hitters() -> None:
+    policy = RazorPolicy(2, 8, None, comp_tokens=2, heavy_hitters=3)
+    row, mean = 2 * 16 * 2, 2 * 16 * 4 + 8
+    # Positions 2, 3 and 4 keep a row of their own; position 5 opens a cluster, position 6 another.
+    assert kv_at(TINY, 0.0, policy, 13).razor_bytes == 12 * 13 * row
+    assert kv_at(TINY, 0.0, policy, 14).razor_bytes == 12 * (13 * row + mean)
+    assert kv_at(TINY, 0.0, policy, 500).razor_bytes == 12 * (13 * row + 2 * mean)
+    assert kv_at(TINY, 0.0, policy.with_(comp_tokens=0), 500).razor_bytes == 12 * 13 * row
+    assert kept_share(0.0, policy, 13) == 1.0
+    assert kept_share(0.5, policy, 100) == pytest.approx(0.5 + 0.5 * (2 + 3 + 4 + 8) / 100)
+
+
+@pytest.mark.parametrize("compression", [None, 2, 3])
+@pytest.mark.parametrize("heavy", [0, 1, 7, 64])
+def test_compression_starts_where_the_first_token_loses_its_row(
+    heavy: int, compression: int | None
+) -> None:
+    policy = RazorPolicy(2, 8, compression, 1, heavy)
+    n = plan(TINY, policy, 400).compression_starts
+    assert n is not None
+    assert (policy.dropped(n - 1), policy.dropped(n)) == (heavy, heavy + 1)
+
+
+def test_heavy_hitters_in_capacity_table_and_refusals() -> None:
+    policy = RazorPolicy(2, 8, 4, 3, 5)
+    razor = head_map(TINY, [[1], [], [0, 1, 2, 3]])
+    tensors = {t.name: t for t in cache_tensors(TINY, razor, policy, 100)}
+    assert tensors["local_k_0"].shape == (3, 2 + 5 + 25 + 1, 16)
+    assert [t.name for t in tensors.values() if t.reserved] == [
+        "local_k_0", "local_v_0", "local_k_1", "local_v_1"
+    ]  # fmt: skip
+    assert tensors["local_v_1"].reserved == 5
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(planner.render(plan(TINY, policy, 100)))
+    text = console.export_text()
+    assert "2 sinks, 5 heavy hitters, window 25 of 100 tokens, 3 compensation tokens" in text
+    assert (
+        plan(TINY, policy, 15)
+        .warnings[0]
+        .startswith(
+            "Razor saves nothing at 15 tokens: sinks, window and heavy hitters cover them all; the "
+            "first token is dropped at 16;"
+        )
+    )
+    alibi = dataclasses.replace(TINY, position="alibi")
+    with pytest.raises(UsageError, match="heavy_hitters: expected 0 for 'tiny', an ALiBi model"):
+        plan(alibi, policy.with_(comp_tokens=1), 100)
 
 
 def test_need_of_a_head_map_counts_its_heads() -> None:

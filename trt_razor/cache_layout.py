@@ -40,12 +40,19 @@ def check_positive(name: str, value: int) -> None:
 # Capacity: the cache of an engine --------------------------------------------------------------
 @dataclass(frozen=True)
 class CacheTensor:
-    """One cache tensor of an engine: a graph input and output. ``shape`` is without the batch."""
+    """One cache tensor of an engine: a graph input and output.
+
+    Attributes:
+        shape: without the batch.
+        reserved: rows of a head that no position fills by itself, those of heavy hitters: a
+            sequence of n tokens has written to the first n + ``reserved`` rows at most.
+    """
 
     name: str
     layer: int
     shape: tuple[int, ...]
     dtype: str
+    reserved: int = 0
 
     @property
     def kind(self) -> str:
@@ -116,6 +123,7 @@ def layer_tensors(
             raise UsageError("policy: missing; a head map with local heads needs one")
         rows = policy.local_rows(max_seq_len) if policy else 0
         comp = policy.comp_tokens if policy else 0
+        heavy = policy.heavy_hitters if policy else 0
         for name, shape, dtype in (
             ("full_k", (retrieval, max_seq_len, head_dim), kv_dtype),
             ("full_v", (retrieval, max_seq_len, head_dim), kv_dtype),
@@ -126,7 +134,8 @@ def layer_tensors(
             ("comp_count", (local, comp), "float32"),
         ):
             if math.prod(shape):
-                out.append(CacheTensor(f"{name}_{i}", i, shape, dtype))
+                reserved = heavy if name.startswith("local") else 0
+                out.append(CacheTensor(f"{name}_{i}", i, shape, dtype, reserved))
     return out
 
 
@@ -156,7 +165,7 @@ class KvNeed:
 
     Attributes:
         full_bytes, razor_bytes: bytes kept (and read by one decode step), dense and Razor.
-        kept: the share r + (1 - r)·(N0 + 2M + L(n))/n of ``kept_share``, for 16-bit caches.
+        kept: the share r + (1 - r)·(N0 + H + 2M + L(n))/n of ``kept_share``, for 16-bit caches.
     """
 
     tokens: int
@@ -171,15 +180,16 @@ class KvNeed:
 
 
 def kept_share(share: float, policy: RazorPolicy, n: int) -> float:
-    """KV kept / full KV at ``n`` tokens: r + (1 - r)·(N0 + 2M + L(n))/n, and 1 while nothing drops.
+    """KV kept / full KV at ``n`` tokens: r + (1 - r)·(N0 + H + 2M + L(n))/n.
 
-    ``share`` is r, retrieval heads / KV heads. 2M because means are fp32 beside a 16-bit cache.
+    1 while every token has a row of its own, D(n) <= H. ``share`` is r, retrieval heads / KV
+    heads. 2M because means are fp32 beside a 16-bit cache.
     """
     check_positive("n", n)
     check_share(share)
-    if policy.dropped(n) == 0:
+    if policy.dropped(n) == policy.heavy(n):
         return 1.0
-    rows = policy.sink_tokens + 2 * policy.comp_tokens + policy.window(n)
+    rows = policy.kept_rows + 2 * policy.comp_tokens + policy.window(n)
     return share + (1 - share) * rows / n
 
 
@@ -193,8 +203,8 @@ def kv_at(
     """Bytes that a sequence of ``n`` tokens really needs: not capacity, no unused row.
 
     ``share_or_map``: a head map, or r in 0..1 (the number of retrieval heads is rounded up).
-    Compensation rows count once tokens are dropped: a row of k and v means, its log-weight and its
-    count, all fp32; at most D(n) rows are in use.
+    Compensation rows count once tokens are folded: a row of k and v means, its log-weight and its
+    count, all fp32; at most D(n) - h(n) rows are in use.
     """
     check_positive("n", n)
     if isinstance(share_or_map, HeadMap):
@@ -215,7 +225,7 @@ def kv_at(
 def need_bytes(
     retrieval: int, local: int, head_dim: int, policy: RazorPolicy, n: int, kv_dtype: str
 ) -> int:
-    dropped = policy.dropped(n)
+    folded = policy.dropped(n) - policy.heavy(n)
     row = 2 * head_dim * dtype_bytes(kv_dtype)
-    comp = min(policy.comp_tokens, dropped) * (2 * head_dim + 2) * DTYPE_BYTES["float32"]
-    return retrieval * n * row + local * ((n - dropped) * row + comp)
+    comp = min(policy.comp_tokens, folded) * (2 * head_dim + 2) * DTYPE_BYTES["float32"]
+    return retrieval * n * row + local * ((n - folded) * row + comp)

@@ -53,7 +53,13 @@ def policy_arguments(p: argparse.ArgumentParser) -> None:
         "--comp-tokens",
         type=int,
         metavar="M",
-        help="compensation tokens (paper: 1; tight: 32; 0 = drop without)",
+        help="compensation tokens (paper: 1; tight: 16; 0 = drop without)",
+    )
+    g.add_argument(
+        "--heavy-hitters",
+        type=int,
+        metavar="H",
+        help="dropped tokens that keep a row: those with most attention (paper: 0; tight: 64)",
     )
 
 
@@ -77,6 +83,7 @@ def policy(args: argparse.Namespace) -> RazorPolicy:
         ("min_window", args.min_window),
         ("compression", args.compression),
         ("comp_tokens", args.comp_tokens),
+        ("heavy_hitters", args.heavy_hitters),
     ):
         if value is not None:
             changes[field] = None if value is _FIXED else value
@@ -85,7 +92,7 @@ def policy(args: argparse.Namespace) -> RazorPolicy:
 
 def policy_options(args: argparse.Namespace) -> list[str]:
     """Those policy options that were given."""
-    names = ("preset", "sinks", "min_window", "compression", "comp_tokens")
+    names = ("preset", "sinks", "min_window", "compression", "comp_tokens", "heavy_hitters")
     return [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) is not None]
 
 

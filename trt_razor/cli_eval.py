@@ -23,6 +23,7 @@ examples:
   %(prog)s quick --model ./my-checkpoint  a first look at a model
   %(prog)s my-run.yaml --output results   stopped? the same command goes on
   %(prog)s --report results               tables and pictures again, from the records
+  %(prog)s --agreement engines/demo       an engine's tokens against the same model in transformers
   %(prog)s --list                         tasks, methods and their options
 """
 OUTPUT = Path("evaluations")
@@ -56,15 +57,22 @@ def add_command(commands: Any) -> None:
     p.add_argument(
         "--report", type=Path, metavar="DIR", help="write the report of these results again"
     )
+    p.add_argument(
+        "--agreement",
+        type=Path,
+        metavar="ENGINE",
+        help="greedy tokens of an engine against transformers with the same heads and policy "
+        "(--model: its weights, if not the zoo's)",
+    )
     p.add_argument("--list", action="store_true", help="show tasks, methods and bundled runs")
     p.set_defaults(run=run_eval)
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """The command; its exit code is 1 if a method failed on a sample."""
-    asked = [args.run_file is not None, args.report is not None, args.list]
-    if sum(asked) != 1:
-        raise UsageError("expected one of RUN.yaml, --report DIR, --list")
+    asked = [args.run_file, args.report, args.agreement, args.list or None]
+    if sum(a is not None for a in asked) != 1:
+        raise UsageError("expected one of RUN.yaml, --report DIR, --agreement ENGINE, --list")
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit: expected at least 1, found {args.limit}")
     if args.restart and args.retry:
@@ -73,6 +81,8 @@ def run_eval(args: argparse.Namespace) -> int:
         return _list()
     if args.report is not None:
         return _report(args)
+    if args.agreement is not None:
+        return _agreement(args)
     return _run(args)
 
 
@@ -157,6 +167,32 @@ def _report(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name}: --report takes a results folder alone")
     out.print(str(write_report(args.report)), markup=False)
     return 0
+
+
+# Agreement ----------------------------------------------------------------------------------------
+AGREE = 0.99
+"""Share of equal greedy steps below which an engine does not reproduce the model."""
+
+
+def _agreement(args: argparse.Namespace) -> int:
+    from trt_razor.evaluation.agreement import AgreementOptions, measure
+
+    for name in ("output", "restart", "retry", "limit", "device"):
+        if getattr(args, name):
+            raise UsageError(f"--{name}: --agreement takes an engine and --model")
+    folder = args.model is not None and Path(args.model).exists()
+    options = AgreementOptions(
+        engine=args.agreement,
+        model=None if folder else args.model,
+        checkpoint=Path(args.model) if folder else None,
+    )
+    with Bars() as bars:
+        found = measure(options, bars)
+    out.print(found.markdown(), markup=False)
+    if found.share >= AGREE:
+        return 0
+    say(f"expected {AGREE:.0%} of greedy steps equal, found {found.share:.1%}")
+    return 1
 
 
 # List ---------------------------------------------------------------------------------------------

@@ -41,8 +41,11 @@ def render(engine: Engine) -> Text:
         if p.compression:
             c = f"n / {p.compression}, at least {c}"
         kept = (
-            f"{count(p.sink_tokens, 'sink')}, window {c}, "
-            f"{count(p.comp_tokens, 'compensation token')}"
+            count(p.sink_tokens, "sink")
+            + ", "
+            + (f"{count(p.heavy_hitters, 'heavy hitter')}, " if p.heavy_hitters else "")
+            + f"window {c}, "
+            + count(p.comp_tokens, "compensation token")
         )
         rows += [
             ("heads", f"{h.retrieval_heads} retrieve ({h.share:.1%}), {h.method}"),

@@ -88,13 +88,14 @@ def render(result: Plan) -> RenderableType:
     row("decode attention, expected", "", "", p.attention_speedup)
 
     window = min(p.policy.window(p.max_seq_len), p.max_seq_len)
+    heavy = p.policy.heavy_hitters
+    kept = [count(p.policy.sink_tokens, "sink")] + [count(heavy, "heavy hitter")] * (heavy > 0)
     means = count(p.policy.comp_tokens, "compensation token")
     starts = "never" if p.compression_starts is None else f"at {p.compression_starts:,} tokens"
     lines = [
         f"parameters {human_count(p.parameters)} · retrieval heads {p.retrieval_share:.1%}"
         + (f" ({p.rank_share:.1%} on a rank)" if p.tp_size > 1 else ""),
-        f"local heads: {count(p.policy.sink_tokens, 'sink')}, window {window:,} of "
-        f"{p.max_seq_len:,} tokens, "
+        f"local heads: {', '.join(kept)}, window {window:,} of {p.max_seq_len:,} tokens, "
         f"{means}; compression starts {starts}",
     ]
     notes = [Text(line) for line in lines]

@@ -82,7 +82,8 @@ class Plan:
         kv_full_bytes_per_gpu, kv_razor_bytes_per_gpu: the same on one GPU.
         attention_speedup: KV bytes that a decode step reads at ``max_seq_len``, dense / Razor, per
             GPU: an expectation from bytes, not a measurement.
-        compression_starts: number of cached tokens at which the first one is dropped (None: never).
+        compression_starts: number of cached tokens at which the first one has no row of its own any
+            more (None: never).
         kv_budget_bytes_per_gpu: memory left for KV, or None without a GPU (may be negative).
         max_batch_full, max_batch_razor: sequences of ``max_seq_len`` that fit, None without a GPU.
         batch: the batch asked for, or None.
@@ -158,6 +159,11 @@ def plan(
             f"policy.comp_tokens: expected 0 or 1 for '{spec.name}', an ALiBi model, found "
             f"{policy.comp_tokens}"
         )
+    if spec.position == "alibi" and policy.heavy_hitters:
+        raise UsageError(
+            f"policy.heavy_hitters: expected 0 for '{spec.name}', an ALiBi model, found "
+            f"{policy.heavy_hitters}"
+        )
     gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if head_map is not None:
         head_map.check_model(spec.fingerprint(), spec.name, "head map")
@@ -215,7 +221,7 @@ def plan(
         kv_full_bytes_per_gpu=max(kv_full),
         kv_razor_bytes_per_gpu=max(kv_razor),
         attention_speedup=reads(dense) / reads(razor),
-        compression_starts=None if policy.compression == 1 else policy.first_drop(),
+        compression_starts=_compression_starts(policy),
         gpu=gpu,
         activation_bytes_per_gpu=activations,
         kv_budget_bytes_per_gpu=budget,
@@ -277,15 +283,17 @@ def _warnings(spec: ModelSpec, p: Plan, split: HeadSplit) -> Iterable[str]:
         )
     if p.compression_starts is None:
         yield "Razor saves nothing: compression = 1 keeps every token"
-    elif p.policy.dropped(p.max_seq_len) == 0:
+    elif p.max_seq_len < p.compression_starts:
+        rows = "sinks, window and heavy hitters" if p.policy.heavy_hitters else "sinks and window"
         yield (
-            f"Razor saves nothing at {p.max_seq_len} tokens: sinks and window cover them all; the "
+            f"Razor saves nothing at {p.max_seq_len} tokens: {rows} cover them all; the "
             f"first token is dropped at {p.compression_starts}; lower min_window or raise max_seq_len"
         )
     elif p.kv_razor_bytes_per_gpu >= p.kv_full_bytes_per_gpu:
         yield (
             "Razor saves no memory here: its cache per GPU is not smaller than the dense one "
-            f"({p.rank_share:.0%} retrieval heads, {p.policy.comp_tokens} compensation tokens)"
+            f"({p.rank_share:.0%} retrieval heads, {p.policy.comp_tokens} compensation tokens"
+            + (f", {p.policy.heavy_hitters} heavy hitters)" if p.policy.heavy_hitters else ")")
         )
     if kv_rank == 1 and any(r and local for r, local in split):
         yield (
@@ -328,6 +336,14 @@ def _warnings(spec: ModelSpec, p: Plan, split: HeadSplit) -> Iterable[str]:
 
 
 # Checks and small sums -----------------------------------------------------------------------
+def _compression_starts(policy: RazorPolicy) -> int | None:
+    """Smallest n with D(n) = H + 1."""
+    if policy.compression == 1:
+        return None
+    n = policy.first_drop()
+    while policy.dropped(n) <= policy.heavy_hitters:
+        n += policy.heavy_hitters + 1 - policy.dropped(n)  # D grows by at most 1 a token
+    return n
 
 
 def _check_parallel(spec: ModelSpec, tp_size: int, pp_size: int) -> None:

@@ -113,7 +113,7 @@ razor_status check_window(const razor_layer &l) {
 // Policy::window and Policy::dropped cannot overflow.
 Policy policy_of(const razor_layer &l) {
     const auto bounded = [&](int x) { return x < l.max_seq_len ? x : l.max_seq_len; };
-    return {l.sink_tokens, bounded(l.min_window), bounded(l.compression), l.comp_tokens};
+    return {l.sink_tokens, bounded(l.min_window), bounded(l.compression), l.comp_tokens, l.heavy_hitters};
 }
 
 // W_cap = max(1, min(L(N_max) + 1, N_max - N0))
@@ -170,8 +170,8 @@ razor_status check_layer(const razor_layer *layer) {
         RAZOR_EXPECT(l.position != RAZOR_ALIBI || l.comp_tokens <= 1,
                      "comp_tokens: expected 0 or 1 with ALiBi, found %d: a cluster has no single position",
                      l.comp_tokens);
-        RAZOR_EXPECT(l.heavy_hitters >= 0 && l.heavy_hitters <= kMaxTokens, "heavy_hitters: expected 0..%d, found %d",
-                     kMaxTokens, l.heavy_hitters);
+        RAZOR_EXPECT(l.heavy_hitters >= 0 && l.heavy_hitters <= RAZOR_MAX_HEAVY_HITTERS,
+                     "heavy_hitters: expected 0..%d, found %d", RAZOR_MAX_HEAVY_HITTERS, l.heavy_hitters);
         RAZOR_EXPECT(l.position != RAZOR_ALIBI || l.heavy_hitters == 0,
                      "heavy_hitters: expected 0 with ALiBi, found %d: their rows carry no position", l.heavy_hitters);
         const int rows = ring_rows_of(l);
@@ -203,7 +203,7 @@ void fill_layer(Params &p, const razor_layer &l) {
     p.rotary_dim = !uses_rope(l) ? 0 : l.rotary_dim ? l.rotary_dim : l.head_dim;
     p.max_seq_len = l.max_seq_len;
     p.scale = l.scale;
-    p.policy = num_local(l) > 0 ? policy_of(l) : Policy{l.sink_tokens, l.max_seq_len, 0, 0};
+    p.policy = num_local(l) > 0 ? policy_of(l) : Policy{l.sink_tokens, l.max_seq_len, 0, 0, 0};
     int retrieval = 0, local = l.num_retrieval;
     for (int head = 0; head < l.num_kv_heads; ++head) {
         const bool retrieves =
@@ -302,22 +302,20 @@ razor_status fill_comp(Comp &out, const razor_comp &c, const razor_view &local, 
                  RAZOR_COMP_CONTIGUOUS, RAZOR_COMP_IN_BUBBLE, l.comp_tokens, kind);
     if (kind == RAZOR_COMP_IN_BUBBLE) {
         RAZOR_EXPECT(local.kind == RAZOR_VIEW_PAGED, "comp.kind: RAZOR_COMP_IN_BUBBLE needs a paged local view");
-        RAZOR_EXPECT(l.heavy_hitters == 0,
-                     "comp.kind: RAZOR_COMP_IN_BUBBLE needs the rows behind the sinks, found %d heavy_hitters there",
-                     l.heavy_hitters);
         const int64_t row_bytes = d * bytes_per_element(l.cache_dtype);
         const int64_t bytes = m * (d + 2) * 4; // of keys, counts, log-weights; values need less
-        const int64_t rows = (bytes + row_bytes - 1) / row_bytes, bubble = l.local_ring_offset - l.sink_tokens;
+        const int64_t rows = (bytes + row_bytes - 1) / row_bytes;
+        const int first = l.sink_tokens + l.heavy_hitters, bubble = l.local_ring_offset - first;
         RAZOR_EXPECT(rows <= bubble,
-                     "comp.kind: %d compensation tokens need %lld rows between sinks and ring, found %lld "
-                     "(local_ring_offset %d - sink_tokens %d)",
-                     l.comp_tokens, static_cast<long long>(rows), static_cast<long long>(bubble), l.local_ring_offset,
-                     l.sink_tokens);
-        const int64_t inside = l.sink_tokens % local.tokens_per_block;
+                     "comp.kind: %d compensation tokens need %lld rows between sinks, heavy hitters and ring, found %d "
+                     "(local_ring_offset %d - sink_tokens %d - heavy_hitters %d)",
+                     l.comp_tokens, static_cast<long long>(rows), bubble, l.local_ring_offset, l.sink_tokens,
+                     l.heavy_hitters);
+        const int64_t inside = first % local.tokens_per_block;
         RAZOR_EXPECT(
             inside + rows <= local.tokens_per_block,
             "comp.kind: %lld rows of compensation tokens from row %d on do not lie inside one block of %d tokens",
-            static_cast<long long>(rows), l.sink_tokens, local.tokens_per_block);
+            static_cast<long long>(rows), first, local.tokens_per_block);
         return RAZOR_OK;
     }
     RAZOR_TRY(check_device_pointer("comp.comp", c.comp, 16));
@@ -400,9 +398,9 @@ razor_status fill_batch(Params &p, const razor_call &c, const razor_layer &l) {
             return fail(RAZOR_UNSUPPORTED,
                         "max_chunk: %d tokens with %d query heads a KV head are too many for one call; split it",
                         p.max_chunk, group);
-        // Thread blocks are counted in int32: a block for 16 tokens, or for a cluster, is the most any step asks for;
-        // the last step asks for both.
-        const int64_t pieces = (int64_t{p.max_chunk} + 15) / 16,
+        // Thread blocks are counted in int32: a block for 16 tokens or heavy hitters, or for a cluster, is the most any
+        // step asks for; the last step asks for both.
+        const int64_t pieces = (int64_t{p.max_chunk} + p.policy.heavy_hitters + 15) / 16,
                       blocks = pieces > l.comp_tokens ? pieces : l.comp_tokens;
         if (blocks * contexts * num_local(l) > INT32_MAX / 2)
             return fail(RAZOR_UNSUPPORTED,
@@ -467,12 +465,6 @@ razor_status fill_call(Params &p, const razor_call *call, const razor_layer &l) 
         p.local.sinks = sinks;
         p.local.ring_offset = l.local_ring_offset;
         p.local.ring_rows = l.ring_rows;
-        if (l.heavy_hitters > 0) {
-            RAZOR_TRY(check_optional("num_heavy_hitters", c.num_heavy_hitters));
-            p.local.heavy_hitters = c.num_heavy_hitters;
-            p.local.max_heavy_hitters = c.num_heavy_hitters ? l.heavy_hitters : 0;
-            p.local.num_heads = num_local(l);
-        }
         if (l.comp_tokens > 0) RAZOR_TRY(fill_comp(p.comp, c.comp, c.local, l, c.batch));
     }
     return RAZOR_OK;

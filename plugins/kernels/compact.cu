@@ -1,18 +1,19 @@
-// Step 4, contexts only: fold what left the window of local heads (docs/semantics.md, "Fold"), then move what stays of
-// the chunk from the workspace to the ring.
+// Step 4, contexts only: choose the heavy hitters (heavy.cu) and fold the rest of what left the window of local heads
+// (docs/semantics.md, "Heavy hitters", "Fold"), then move what stays of the chunk from the workspace to the ring.
 //
 //   M = 0       finish
 //   M = 1       sum_all, finish
 //   M > 1       (assign, sum_clusters, move_centroids) x 3, assign, sum_clusters, finish
+//   H > 0       score, select before these, and keep before finish
 //
 // The host knows bounds only, so everything is launched and leaves early: the first three rounds are Lloyd's and only a
-// first fold has them. Only finish writes rows, all of them after the kernels that read folded keys and values.
+// first fold has them. Only keep and finish write rows, both after the kernels that read folded keys and values; and
+// keep reads what finish overwrites.
 //
 // Results are the same on every run: a fold is cut into slices whose length depends on the number of folded tokens
 // alone, every sum runs in a fixed order of the tokens, and slices are added up in order.
-#include "device.cuh"
+#include "heavy.cuh"
 #include "launch.h"
-#include "rows.cuh"
 
 namespace razor {
 namespace {
@@ -29,7 +30,6 @@ __host__ __device__ inline int max_slices(int comp_tokens) {
 __host__ __device__ inline int min_slice(int comp_tokens) {
     return comp_tokens == 1 ? 64 : comp_tokens < 32 ? 128 : 4 * comp_tokens;
 }
-__host__ __device__ inline int divide_up(int a, int b) { return a / b + (a % b != 0); }
 
 // Sums and counts of a slice: [slice, Lh, M, 2 D] and [slice, Lh, M].
 struct Work {
@@ -37,52 +37,40 @@ struct Work {
     int32_t *counts;
     uint8_t *owners;  // [Lh, num_context_tokens]: cluster of folded token f of a sequence at its first row + f
     int32_t slices;   // no context has more
+    Selection selection;
 };
 
 // What one context folds in one local head.
 struct Fold {
-    HeadRows rows;
-    const char *new_k, *new_v; // the head's row of the chunk's first token
-    int64_t new_stride;
-    int32_t past, row;
-    int32_t first, tokens; // folded positions first .. first + tokens - 1
+    Candidates of;
+    int32_t row;
+    const int32_t *losers; // folded token f is this candidate; null: candidate first + f
+    int32_t first, tokens;
     int32_t slice, slices; // tokens of a slice, number of slices
     int32_t first_slice;   // in Work
 
-    // Folded token f: in the ring if it was cached before the call, else still where append put it.
-    __device__ const char *key(int f) const {
-        const int position = first + f;
-        return position < past ? rows.key(rows.row_of_position(position)) : new_k + (position - past) * new_stride;
+    __device__ int candidate(int f) const {
+        if (losers == nullptr) return first + f;
+        const int c = losers[f];
+        return c < of.count ? c : of.count - 1; // numbers on the device that lie can make the lists of contexts overlap
     }
-    __device__ const char *value(int f) const {
-        const int position = first + f;
-        return position < past ? rows.value(rows.row_of_position(position)) : new_v + (position - past) * new_stride;
-    }
+    __device__ const char *key(int f) const { return of.key(candidate(f)); }
+    __device__ const char *value(int f) const { return of.value(candidate(f)); }
 };
 
 __device__ inline Fold fold_of(const Params &p, const Work &work, int b, int h) {
-    const Sequence s = sequence_of(p, b);
+    const Dropped drop = dropped_of(p, b);
     Fold f;
-    const int row_bytes = p.head_dim * p.cache_bytes();
-    f.rows = head_rows(p.local, b, h, row_bytes);
-    f.new_stride = static_cast<int64_t>(p.num_local) * row_bytes;
-    const int64_t offset = s.row * f.new_stride + h * row_bytes;
-    f.new_k = p.new_k + offset;
-    f.new_v = p.new_v + offset;
-    f.past = s.past;
-    f.row = s.row;
-    f.tokens = 0;
-    f.first = p.policy.sinks;
-    if (s.chunk > 0) {
-        const int before = p.policy.dropped(s.past);
-        f.first += before;
-        f.tokens = p.policy.dropped(s.past + s.chunk) - before;
-    }
+    f.of = candidates_of(p, drop, b, h);
+    f.row = drop.sequence.row;
+    f.losers = drop.choose ? work.selection.losers + losers_index(p, drop, h) : nullptr;
+    f.first = drop.heavy_after; // what was kept stays, the first tokens fill free rows, the others are folded
+    f.tokens = f.of.count - drop.heavy_after;
     const int m = p.policy.comp_tokens, even = divide_up(f.tokens, max_slices(m));
     f.slice = even > min_slice(m) ? even : min_slice(m);
     f.slices = divide_up(f.tokens, f.slice);
     // Slices of the contexts before b fit below either bound, whichever is smaller.
-    const int by_number = b * work.slices, by_rows = s.row / min_slice(m) + b;
+    const int by_number = b * work.slices, by_rows = f.row / min_slice(m) + b;
     f.first_slice = by_number < by_rows ? by_number : by_rows;
     return f;
 }
@@ -103,45 +91,6 @@ __device__ inline bool is_first_fold(const Params &p, const HeadComp &comp) {
 // Index of the token that starts cluster m of a first fold.
 __device__ inline int seed_of(int m, int tokens, int clusters) {
     return static_cast<int>((2 * m + 1) * static_cast<int64_t>(tokens) / (2 * clusters));
-}
-
-// Eight neighbouring elements of a cached row, as they lie there and as real numbers.
-template <bool kFp8>
-struct Eight;
-template <>
-struct Eight<false> {
-    uint4 bits;
-};
-template <>
-struct Eight<true> {
-    uint2 bits;
-};
-
-template <typename T>
-__device__ inline void to_floats(float (&x)[8], const Eight<false> &eight, float) {
-    const uint32_t words[4] = {eight.bits.x, eight.bits.y, eight.bits.z, eight.bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 two = unpack<T>(words[i]);
-        x[2 * i] = two.x;
-        x[2 * i + 1] = two.y;
-    }
-}
-template <typename T>
-__device__ inline void to_floats(float (&x)[8], const Eight<true> &eight, float scale) {
-    const uint2 low = from_fp8x4<T>(eight.bits.x), high = from_fp8x4<T>(eight.bits.y);
-    to_floats<T>(x, Eight<false>{{low.x, low.y, high.x, high.y}}, 1.f);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] *= scale;
-}
-template <bool kFp8>
-__device__ inline Eight<kFp8> load8(const char *row, int first) {
-    return *reinterpret_cast<const Eight<kFp8> *>(row + first * (kFp8 ? 1 : 2));
-}
-template <typename T, bool kFp8>
-__device__ inline float load1(const char *row, int column, float scale) {
-    if constexpr (kFp8) return unpack<T>(from_fp8x4<T>(static_cast<uint8_t>(row[column])).x).x * scale;
-    else return to_float(reinterpret_cast<const T *>(row)[column]);
 }
 
 // M = 1: sums of one slice of one head --------------------------------------------------------------
@@ -224,7 +173,7 @@ __global__ void __launch_bounds__(kAssignThreads, 5)
     const Fold fold = fold_of(p, work, b, h);
     const int first_key = tile * kKeys;
     if (first_key >= fold.tokens) return;
-    const HeadComp comp = head_comp(p, fold.rows, b, h);
+    const HeadComp comp = head_comp(p, fold.of.rows, b, h);
     const bool first_fold = is_first_fold(p, comp);
     if (!first_fold && round < kRounds - 1) return;
 
@@ -355,7 +304,7 @@ __global__ void __launch_bounds__(8 * kWarp, 3)
     const int slice = unit / tiles, tile = unit % tiles;
     const Fold fold = fold_of(p, work, b, h);
     if (slice >= fold.slices) return;
-    if (!last && !is_first_fold(p, head_comp(p, fold.rows, b, h))) return;
+    if (!last && !is_first_fold(p, head_comp(p, fold.of.rows, b, h))) return;
 
     float *sums = reinterpret_cast<float *>(shared_memory() + warp * sum_warp_bytes(num_clusters)); // [M, 32]
     int *counts = reinterpret_cast<int *>(sums + num_clusters * kWarp);                            // [M]
@@ -433,7 +382,7 @@ __global__ void __launch_bounds__(kMoveThreads)
     const int h = head % p.num_local, b = head / p.num_local;
     const Fold fold = fold_of(p, work, b, h);
     if (m >= fold.tokens) return;
-    const HeadComp comp = head_comp(p, fold.rows, b, h);
+    const HeadComp comp = head_comp(p, fold.of.rows, b, h);
     if (!is_first_fold(p, comp)) return;
     const int tokens = tokens_of_cluster(p, work, fold, h, m);
     if (tokens == 0 && round > 0) return;
@@ -450,7 +399,7 @@ __global__ void __launch_bounds__(kMoveThreads)
 __device__ void update_cluster(const Params &p, const Work &work, int b, int h, int m) {
     const Fold fold = fold_of(p, work, b, h);
     if (fold.tokens == 0) return;
-    const HeadComp comp = head_comp(p, fold.rows, b, h);
+    const HeadComp comp = head_comp(p, fold.of.rows, b, h);
     const int tokens = p.policy.comp_tokens == 1 ? fold.tokens : tokens_of_cluster(p, work, fold, h, m);
     const float before = comp.count[m], after = before + tokens;
     sync_block(); // all have read the count
@@ -511,15 +460,13 @@ __global__ void __launch_bounds__(kFinishThreads, 3)
 
 // Host -------------------------------------------------------------------------------------------
 
-size_t on_256(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 struct Sizes {
     int slices;                    // of one context at most
     size_t sums, counts, owners;   // bytes
 };
 
 Sizes sizes_of(const Params &p) {
-    Sizes s = {0, 0, 0, 0};
+    Sizes s = {};
     const int m = p.policy.comp_tokens;
     if (p.num_contexts == 0 || p.num_local == 0 || m == 0) return s;
     const int longest = divide_up(p.max_chunk, min_slice(m)), most = max_slices(m);
@@ -564,7 +511,7 @@ cudaError_t enqueue_fold(const Params &p, const Work &work, cudaStream_t stream)
 
 size_t compact_workspace(const Params &p) {
     const Sizes s = sizes_of(p);
-    return s.sums + s.counts + s.owners;
+    return s.sums + s.counts + s.owners + selection_bytes(p);
 }
 
 cudaError_t launch_compact(const Params &p, void *workspace, cudaStream_t stream) {
@@ -572,19 +519,25 @@ cudaError_t launch_compact(const Params &p, void *workspace, cudaStream_t stream
     const Sizes sizes = sizes_of(p);
     char *bytes = static_cast<char *>(workspace);
     const Work work = {reinterpret_cast<float *>(bytes), reinterpret_cast<int32_t *>(bytes + sizes.sums),
-                       reinterpret_cast<uint8_t *>(bytes + sizes.sums + sizes.counts), sizes.slices};
+                       reinterpret_cast<uint8_t *>(bytes + sizes.sums + sizes.counts), sizes.slices,
+                       selection_at(p, bytes + sizes.sums + sizes.counts + sizes.owners)};
     const int m = p.policy.comp_tokens;
     const int64_t longest = static_cast<int64_t>(p.max_past) + p.max_chunk;
     const int end = longest < p.max_seq_len ? static_cast<int>(longest) : p.max_seq_len;
-    const bool folds = m > 0 && p.policy.dropped(end) > 0; // dropped() never falls
+    const int dropped = p.policy.dropped(end); // which never falls
+    const bool folds = m > 0 && dropped > p.policy.heavy_hitters;
+    const bool fp8 = p.cache_type == CacheType::kFp8;
+    cudaError_t e = enqueue_selection(p, work.selection, dropped, stream);
+    if (e != cudaSuccess) return e;
     if (folds) {
-        const bool fp8 = p.cache_type == CacheType::kFp8;
-        const cudaError_t e = p.bf16 ? fp8 ? enqueue_fold<__nv_bfloat16, true>(p, work, stream)
+        e = p.bf16 ? fp8 ? enqueue_fold<__nv_bfloat16, true>(p, work, stream)
                                            : enqueue_fold<__nv_bfloat16, false>(p, work, stream)
                               : fp8 ? enqueue_fold<__half, true>(p, work, stream)
                                     : enqueue_fold<__half, false>(p, work, stream);
         if (e != cudaSuccess) return e;
     }
+    e = enqueue_keep(p, work.selection, dropped, stream);
+    if (e != cudaSuccess) return e;
     const int64_t rows = static_cast<int64_t>(p.local.sinks) + p.local.ring_rows; // more do not survive
     const int survivors = rows < p.max_chunk ? static_cast<int>(rows) : p.max_chunk;
     const int updates = folds ? p.num_contexts * p.num_local * m : 0, tiles = divide_up(survivors, kTokensPerStore);

@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kBou
 
         // Compensation tokens, while the first copies are under way.
         const bool has_comp = item.comp_units ? item.first < item.comp_units : item.first == 0;
-        if (has_comp && item.dropped && p.policy.comp_tokens) {
+        if (has_comp && item.dropped > p.policy.heavy_hitters && p.policy.comp_tokens) {
             const int comp_tokens = p.policy.comp_tokens;
             const HeadRows rows = head_rows(p.local, item.b, item.head, C::kRowBytes);
             const HeadComp comp = head_comp(p, rows, item.b, item.head);
@@ -337,11 +337,16 @@ __global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kBou
 
         const bool wrote = finish<T, D, Fp8>(p, attention, ring, rings, scratch, counters, partials, lane, warp);
         // All blocks of the item have read the compensation tokens.
-        if (wrote && item.local && p.policy.comp_tokens && p.policy.dropped(item.past + 1) > item.dropped) {
+        const bool keep = item.dropped < p.policy.heavy_hitters; // the token that leaves the window, as a row
+        if (wrote && item.local && (keep || p.policy.comp_tokens) &&
+            p.policy.dropped(item.past + 1) > item.dropped) {
             const int tiles = tiles_of(p);
             int32_t *counter =
                 counters.heads + static_cast<int64_t>(item.b - p.num_contexts) * p.num_local + item.head;
-            if (tiles == 1 || arrive(counter, tiles, scratch)) fold<T, D, Fp8>(p, scratch, lane, warp);
+            if (tiles == 1 || arrive(counter, tiles, scratch)) {
+                if (keep) keep_row<D, Fp8>(p, scratch);
+                else fold<T, D, Fp8>(p, scratch, lane, warp);
+            }
         }
         sync_block(); // rings and scratch are free again
     }
@@ -363,9 +368,8 @@ cudaError_t run_decode(const Params &p, int32_t *ints, float *partials, const De
     const int past = p.max_past < p.max_seq_len ? p.max_past : p.max_seq_len;
     int64_t local_rows = static_cast<int64_t>(past) + 1;
     if (p.num_local) {
-        const int64_t window = static_cast<int64_t>(p.policy.sinks) + p.policy.window(past) + 1;
-        if (window < local_rows) local_rows = window;
-        local_rows += p.local.max_heavy_hitters;
+        const int64_t kept = static_cast<int64_t>(p.policy.sinks) + p.policy.heavy_hitters + p.policy.window(past) + 1;
+        if (kept < local_rows) local_rows = kept;
     }
     const int64_t local_units = C::units(static_cast<int>(local_rows)) + C::comp_units(p.policy.comp_tokens);
     const int64_t units = (p.num_retrieval * static_cast<int64_t>(C::units(past + 1)) + p.num_local * local_units) *

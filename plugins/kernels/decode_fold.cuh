@@ -1,4 +1,4 @@
-// The token that leaves the window joins the compensation tokens of its head.
+// The token that leaves the window becomes a heavy hitter, or joins the compensation tokens of its head.
 #pragma once
 
 #include "decode_plan.cuh"
@@ -13,6 +13,24 @@ __device__ inline float cached(const char *row, int d, float scale) {
         return unpack<T>(two).x * scale;
     }
     return to_float(reinterpret_cast<const T *>(row)[d]);
+}
+
+// The token that leaves the window becomes heavy hitter number `dropped` of a local head. Nobody reads that row yet. All
+// threads of the block.
+template <int D, bool Fp8>
+__device__ inline void keep_row(const Params &p, const Scratch &scratch) {
+    using C = Config<D, Fp8>;
+    const Item &item = scratch.item;
+    const HeadRows rows = head_rows(p.local, item.b, item.head, C::kRowBytes);
+    const int from = rows.row_of_position(p.policy.sinks + item.dropped), to = p.policy.sinks + item.dropped;
+    if (from >= rows.capacity || to >= rows.capacity) return;
+    for (int i = threadIdx.x; i < 2 * C::kChunks; i += C::kThreads) {
+        const int byte = i % C::kChunks * 16;
+        const bool value = i >= C::kChunks;
+        const char *source = value ? rows.value(from) : rows.key(from);
+        *reinterpret_cast<uint4 *>((value ? rows.value(to) : rows.key(to)) + byte) =
+            *reinterpret_cast<const uint4 *>(source + byte);
+    }
 }
 
 // Puts the token that leaves the window into the compensation tokens of a local head (docs/semantics.md, "Fold",

@@ -113,8 +113,9 @@ __device__ inline Work work_of(const Params &p, int b) {
     }
     w.dropped = p.num_local ? p.policy.dropped(n) : 0;
     w.full_rows = n + 1;
-    w.local_rows = n + 1 - w.dropped + p.local.max_heavy_hitters; // of any local head; units without rows cost nothing
-    w.comp_units = w.dropped ? C::comp_units(p.policy.comp_tokens) : 0;
+    const int heavy = p.policy.heavy(w.dropped);
+    w.local_rows = n + 1 - w.dropped + heavy;
+    w.comp_units = w.dropped > heavy ? C::comp_units(p.policy.comp_tokens) : 0;
     w.full_units = C::units(w.full_rows);
     w.local_units = C::units(w.local_rows) + w.comp_units;
     const int64_t units = static_cast<int64_t>(p.num_retrieval) * w.full_units +
@@ -145,6 +146,7 @@ struct Item {
     int32_t past;     // n
     int32_t dropped;  // D(n); 0 for retrieval heads
     int32_t keys;     // kept rows
+    int32_t front;    // of them, sinks and heavy hitters: HeadRows::row_of_kept
     int32_t local;    // else retrieval
     int32_t head;     // of its class
     int32_t kv_head;
@@ -242,8 +244,8 @@ __device__ inline void next_item(const Params &p, Share &share, Item &item) {
     item.dropped = local ? work.dropped : 0;
     item.local = local;
     item.head = index / tiles;
-    item.keys = work.full_rows;
-    if (local) item.keys = work.local_rows - p.local.max_heavy_hitters + heavy_hitters(p.local, item.b, item.head);
+    item.keys = local ? work.local_rows : work.full_rows;
+    item.front = p.policy.sinks + p.policy.heavy(item.dropped);
     item.tile = index % tiles;
     item.kv_head = p.head_of[local ? p.num_retrieval + item.head : item.head];
     item.query = item.kv_head * p.group + item.tile * kTile;

@@ -233,16 +233,17 @@ struct Source {
     char *base;
     const int32_t *blocks;
     int start; // of the ring
+    int front; // rows before the window
     int count; // kept rows
 
     __device__ Source(const HeadRows &of, const Item &item, int lane)
         : rows(of), base(lane < kSlice ? of.k : of.v), blocks(lane < kSlice ? of.k_blocks : of.v_blocks),
-          start(item.dropped % of.ring_rows), count(item.keys) {}
+          start(item.dropped % of.ring_rows), front(item.front), count(item.keys) {}
 
     // Where row `index` is, 0 = nowhere.
     __device__ uint64_t find(int index) const {
         if (index >= count) return 0;
-        const int row = rows.row_of_kept(index, start);
+        const int row = rows.row_of_kept(index, start, front);
         return row < rows.capacity ? reinterpret_cast<uint64_t>(rows.at(base, blocks, row)) : 0;
     }
 };

@@ -14,6 +14,7 @@ struct Policy {
     int32_t min_window;  // S0
     int32_t compression; // C; 0 = fixed window
     int32_t comp_tokens; // M
+    int32_t heavy_hitters; // H
 
     // L(n)
     __host__ __device__ int window(int n) const {
@@ -26,6 +27,8 @@ struct Policy {
         const int d = n - sinks - window(n);
         return d > 0 ? d : 0;
     }
+    // h(n), of D(n): dropped tokens that are rows of their own. The others are in the clusters.
+    __host__ __device__ int heavy(int dropped) const { return dropped < heavy_hitters ? dropped : heavy_hitters; }
 };
 
 // Keys and values of one class of heads. Position p lives in row p if p < sinks, else in row
@@ -41,8 +44,6 @@ struct Rows {
     int32_t block_shift;               // log2(tokens_per_block)
     int32_t capacity;                  // rows beyond are never touched
     int32_t sinks, ring_offset, ring_rows;
-    const int32_t *heavy_hitters;      // [slots, num_heads] rows in use behind the sinks; null = none
-    int32_t max_heavy_hitters, num_heads;
 };
 
 struct Comp {

@@ -42,7 +42,7 @@ struct Task {
     int32_t num_comp;           // compensation tokens that take part
     int32_t num_cached;         // rows from the cache; includes the chunk where it is in the cache already
     int32_t num_keys;           // all: compensation, cached, new
-    int32_t ring_start;         // see HeadRows::row_of_kept
+    int32_t ring_start, front;  // see HeadRows::row_of_kept
     int32_t dropped;            // D(past)
     int32_t before_chunk;       // key rows before the chunk
     int32_t past;
@@ -120,9 +120,11 @@ __device__ inline void make_task(Task &task, const Params &p, int context, int h
         task.rows = head_rows(p.local, context, h, head_dim * bytes);
         task.dropped = p.policy.dropped(seq.past);
         task.ring_start = task.dropped % p.local.ring_rows;
-        task.num_cached = seq.past - task.dropped + task.rows.front - task.rows.sinks;
-        // As long as nothing was dropped, all of them are unused.
-        if (task.dropped > 0 && p.policy.comp_tokens > 0) {
+        const int heavy = p.policy.heavy(task.dropped);
+        task.front = task.rows.sinks + heavy;
+        task.num_cached = seq.past - task.dropped + heavy;
+        // As long as all that was dropped has rows of its own, all of them are unused.
+        if (task.dropped > heavy && p.policy.comp_tokens > 0) {
             task.num_comp = p.policy.comp_tokens;
             task.comp = head_comp(p, task.rows, context, h);
         }
@@ -135,6 +137,7 @@ __device__ inline void make_task(Task &task, const Params &p, int context, int h
     } else {
         task.rows = head_rows(p.full, context, head, head_dim * bytes);
         task.dropped = task.ring_start = 0;
+        task.front = task.rows.sinks;
         task.num_cached = task.num_keys = seq.past + seq.chunk;
         task.before_chunk = seq.past;
     }
@@ -151,7 +154,7 @@ __device__ inline void look_up(Tables<S> &tables, int tile, bool alibi) {
     const int cached = key - task.num_comp; // index among the rows from the cache
     const char *address = nullptr;
     if (cached >= 0 && cached < task.num_cached) {
-        const int row = task.rows.row_of_kept(cached, task.ring_start);
+        const int row = task.rows.row_of_kept(cached, task.ring_start, task.front);
         if (row < task.rows.capacity) address = values ? task.rows.value(row) : task.rows.key(row);
     } else if (cached >= 0 && key < task.num_keys) {
         address = (values ? task.new_v : task.new_k) + (cached - task.num_cached) * task.new_stride;

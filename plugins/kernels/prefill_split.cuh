@@ -124,8 +124,8 @@ __device__ inline Load load_of(const Params &p, int context) {
     const Sequence seq = sequence_of(p, context);
     if (seq.chunk == 0) return {0, 0, 0};
     const int keys = seq.past + seq.chunk, dropped = p.policy.dropped(seq.past);
-    int more = p.local.max_heavy_hitters - dropped; // than keys
-    if (dropped > 0) more += p.policy.comp_tokens;
+    int more = p.policy.heavy(dropped) - dropped; // than keys
+    if (more < 0) more += p.policy.comp_tokens;
     return {ceil_div(seq.chunk * p.group, kSplitRows), ceil_div(keys, tile_keys(p.head_dim)),
             ceil_div(keys + (more < 0 ? more : 0), tile_keys(p.head_dim))};
 }

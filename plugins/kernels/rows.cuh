@@ -53,15 +53,14 @@ struct HeadRows {
     int64_t block_bytes;
     int32_t block_shift, row_bytes;
     int32_t capacity, sinks, ring_offset, ring_rows;
-    int32_t front; // rows in use before the window: sinks and heavy hitters
 
     __device__ int row_of_position(int p) const {
         return p < sinks ? p : ring_offset + (p - sinks) % ring_rows;
     }
     // The i-th kept row (sinks, heavy hitters, then the window in position order) of a sequence with `dropped` tokens
     // gone. Without heavy hitters its position is i if i < sinks, else i + dropped. start = dropped % ring_rows.
-    // Valid for i - front < ring_rows.
-    __device__ int row_of_kept(int i, int start) const {
+    // Valid for i - front < ring_rows; front: sinks and heavy hitters in use.
+    __device__ int row_of_kept(int i, int start, int front) const {
         if (i < front) return i;
         int j = start + i - front;
         if (j >= ring_rows) j -= ring_rows;
@@ -78,14 +77,6 @@ struct HeadRows {
     }
 };
 
-// Heavy hitters of a head. A number that does not fit comes out as the nearest that does.
-__device__ inline int heavy_hitters(const Rows &r, int b, int h) {
-    if (r.heavy_hitters == nullptr) return 0;
-    const int64_t slot = r.slots ? r.slots[b] : b;
-    const int n = r.heavy_hitters[slot * r.num_heads + h];
-    return n < 0 ? 0 : n < r.max_heavy_hitters ? n : r.max_heavy_hitters;
-}
-
 // Head `h` of the class (0 .. R-1 of `full`, 0 .. Lh-1 of `local`) of sequence b.
 __device__ inline HeadRows head_rows(const Rows &r, int b, int h, int row_bytes) {
     HeadRows out;
@@ -96,7 +87,6 @@ __device__ inline HeadRows head_rows(const Rows &r, int b, int h, int row_bytes)
     out.sinks = r.sinks;
     out.ring_offset = r.ring_offset;
     out.ring_rows = r.ring_rows;
-    out.front = r.sinks + heavy_hitters(r, b, h);
     if (r.block_offsets) {
         out.k_blocks = r.block_offsets + b * r.sequence_stride;
         out.v_blocks = out.k_blocks + r.key_value_stride;
@@ -131,8 +121,9 @@ __device__ inline HeadComp head_comp(const Params &p, const HeadRows &rows, int 
         out.count = p.comp.count + weight;
         out.log_weight = p.comp.log_weight + weight;
     } else {
-        out.k = reinterpret_cast<float *>(rows.key(rows.sinks));
-        out.v = reinterpret_cast<float *>(rows.value(rows.sinks));
+        const int first = rows.sinks + p.policy.heavy_hitters;
+        out.k = reinterpret_cast<float *>(rows.key(first));
+        out.v = reinterpret_cast<float *>(rows.value(first));
         out.stride = d;
         out.count = out.k + m * d;
         out.log_weight = out.count + m;

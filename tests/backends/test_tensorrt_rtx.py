@@ -34,8 +34,10 @@ SPEC = ModelSpec("tiny", "llama", 1, 32, 48, 4, 2, 8, 61, 128, 1e-5)
 HEADS = HeadMap("tiny", SPEC.fingerprint(), 1, 2, ((1,),), "test", "test")
 
 
-def options(razor: bool = True, dtype: str = "float16", comp_tokens: int = 1) -> EngineOptions:
-    policy = RazorPolicy(2, 5, 3, comp_tokens)
+def options(
+    razor: bool = True, dtype: str = "float16", comp_tokens: int = 1, heavy: int = 0
+) -> EngineOptions:
+    policy = RazorPolicy(2, 5, 3, comp_tokens, heavy)
     graph = GraphOptions(policy, HEADS if razor else None, 64, dtype)
     return EngineOptions(graph, max_batch_size=2, prefill_chunk=32)
 
@@ -45,18 +47,20 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "razor, dtype, comp_tokens",
+    "razor, dtype, comp_tokens, heavy",
     [
-        (False, "float32", 1),
-        (True, "float32", 1),
-        (True, "float16", 1),
-        (True, "bfloat16", 1),
-        (True, "float16", 0),
-        (True, "float16", 4),
+        (False, "float32", 1, 0),
+        (True, "float32", 1, 0),
+        (True, "float16", 1, 0),
+        (True, "bfloat16", 1, 0),
+        (True, "float16", 0, 0),
+        (True, "float16", 4, 0),
+        (True, "float16", 4, 8),
+        (True, "bfloat16", 0, 3),
     ],
 )
-def test_builds(tmp_path: Path, razor: bool, dtype: str, comp_tokens: int) -> None:
-    chosen = options(razor, dtype, comp_tokens)
+def test_builds(tmp_path: Path, razor: bool, dtype: str, comp_tokens: int, heavy: int) -> None:
+    chosen = options(razor, dtype, comp_tokens, heavy)
     backend = TensorRtRtxBackend()
     backend.check(SPEC, chosen)
     seen: list[tuple[str, int, int]] = []

@@ -18,6 +18,7 @@ LAYERS = [
     Layer(n_max=96),
     Layer(num_kv_heads=4, group=4, head_dim=128, retrieval=(1,), dtype=torch.bfloat16, n_max=96),
     Layer(policy=RazorPolicy(2, 6, 3, comp_tokens=3), fp8=True, n_max=96),
+    Layer(policy=RazorPolicy(2, 6, None, comp_tokens=3, heavy_hitters=5), retrieval=(), n_max=96),
 ]
 
 
@@ -35,9 +36,10 @@ def _capture(run: Sequences) -> torch.cuda.CUDAGraph:
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 16, 24])
 def test_replay_with_other_lengths(layer: Layer, rows: int) -> None:
-    """rows = 1: decode. rows = 16: chunks of any length up to 16, none included."""
+    """rows = 1: decode. More: chunks of any length up to that, none included; some of 16 tokens and more
+    choose heavy hitters, shorter ones do not."""
     kernels, batch = RazorKernels(), 3
     replayed, fresh = (Sequences(kernels, layer, batch, rows) for _ in range(2))
     numbers = torch.Generator().manual_seed(rows)

@@ -15,11 +15,13 @@ from sequences import Sequences, same_bytes  # noqa: E402
 
 from trt_razor.errors import UsageError  # noqa: E402
 from trt_razor.kernels import RazorKernels  # noqa: E402
+from trt_razor.policy import RazorPolicy  # noqa: E402
 
 LAYERS = [
     Layer(n_max=128),
     Layer(head_dim=128, group=4, dtype=torch.bfloat16, n_max=128),
     Layer(num_kv_heads=3, retrieval=(), head_dim=96, n_max=128),
+    Layer(policy=RazorPolicy(2, 9, None, comp_tokens=4, heavy_hitters=7), group=4, n_max=128),
     Layer(num_kv_heads=1, retrieval=(0,), head_dim=256, group=8, n_max=128),
 ]
 

@@ -33,6 +33,8 @@ POLICIES = {
     "window of 1, 8 clusters": RazorPolicy(2, 1, None, 8),
     "late drop": RazorPolicy(1, 40, 2, 2),
     "never drops": RazorPolicy(4, 100, 2, 2),
+    "heavy hitters, 4 clusters": RazorPolicy(2, 5, None, 4, 6),
+    "heavy hitters alone, growing window": RazorPolicy(0, 3, 3, 0, 3),
 }
 LAYERS = {
     "mixed": ((1,), (0, 2)),
@@ -85,9 +87,10 @@ def cache_errors(options, spec, session, caches, past):
                 rows = [
                     p
                     if p < policy.sink_tokens
-                    else policy.sink_tokens + (p - policy.sink_tokens) % policy.ring_rows(N_MAX)
+                    else policy.kept_rows + (p - policy.sink_tokens) % policy.ring_rows(N_MAX)
                     for p in kept
                 ]
+                rows += range(policy.sink_tokens, policy.sink_tokens + policy.heavy(n))
                 got, want = got[:, rows], want[:, rows]
             elif t.kind == "comp":
                 used = layer.local.comp_count.numpy() > 0

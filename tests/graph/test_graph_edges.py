@@ -6,6 +6,7 @@ reference's layer cache; and the index arithmetic on its own.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from onnx import helper  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from operators import Operator, operator_model  # noqa: E402
 
 from trt_razor.backends.onnxruntime import (  # noqa: E402
     DISABLED_OPTIMIZERS,
@@ -24,90 +26,12 @@ from trt_razor.backends.onnxruntime import (  # noqa: E402
     flatten,
 )
 from trt_razor.graph.decoder import export_decoder  # noqa: E402
-from trt_razor.graph.inline import inline_graph  # noqa: E402
-from trt_razor.graph.nodes import DTYPES, IR_VERSION, OPSET  # noqa: E402
-from trt_razor.graph.operator import DOMAIN, RazorAttention  # noqa: E402
+from trt_razor.graph.operator import RazorAttention  # noqa: E402
 from trt_razor.graph.options import GraphOptions  # noqa: E402
 from trt_razor.policy import RazorPolicy  # noqa: E402
 from trt_razor.reference.cache import LayerCache  # noqa: E402
 
 D = 2
-State = dict[str, np.ndarray]
-
-
-def operator_model(op: RazorAttention, extra_outputs: tuple[str, ...] = ()) -> onnx.ModelProto:
-    """One node of the operator as a flattened model."""
-    info = helper.make_tensor_value_info
-    i32, i8, f32 = onnx.TensorProto.INT32, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
-    r, lh = len(op.retrieval_heads), len(op.local_heads)
-    m, rows = op.policy.comp_tokens, op.policy.local_rows(op.max_seq_len)
-    shapes = {
-        "full_k": (r, op.max_seq_len, D),
-        "full_v": (r, op.max_seq_len, D),
-        "local_k": (lh, rows, D),
-        "local_v": (lh, rows, D),
-        "comp": (lh, m, 2, D),
-        "comp_log_weight": (lh, m),
-        "comp_count": (lh, m),
-    }
-    width = (op.num_heads + 2 * op.num_kv_heads) * D
-    inputs = [
-        info("qkv", DTYPES[op.dtype], ["b", "s", width]),
-        info("past", i32, ["b"]),
-        info("chunk", i32, ["b"]),
-        info("past_span", i8, ["p"]),
-        info("cos_sin", f32, [op.max_seq_len, D]),
-    ]
-    outputs = [info("out", DTYPES[op.dtype], ["b", "s", op.num_heads * D])]
-    for name in op.cache_names():
-        dtype = f32 if name.startswith("comp") else DTYPES[op.dtype]
-        inputs.append(info(name, dtype, ["b", *shapes[name]]))
-        outputs.append(info(f"{name}_out", dtype, ["b", *shapes[name]]))
-    graph = helper.make_graph(
-        [op.node("node", op.input_names(), op.output_names())], "operator", inputs, outputs
-    )
-    model = helper.make_model(
-        graph,
-        functions=[op.function()],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=IR_VERSION,
-    )
-    flat = inline_graph(model, in_place=True)
-    flat.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs)
-    return flat
-
-
-class Operator:
-    """Runs the node for a batch of one or more slots and keeps their caches."""
-
-    def __init__(self, op: RazorAttention, slots: int = 1) -> None:
-        self.op = op
-        self.session = ort.InferenceSession(
-            operator_model(op).SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-        self.state: State = {}
-        for i in self.session.get_inputs()[5:]:
-            empty = -np.inf if i.name == "comp_log_weight" else 0
-            self.state[i.name] = np.full(
-                (slots, *i.shape[1:]), empty, np.float16 if "float16" in i.type else np.float32
-            )
-        self.past = np.zeros(slots, np.int32)
-
-    def run(self, qkv: np.ndarray, chunk: list[int]) -> np.ndarray:
-        """qkv [slots, S, (Hq + 2 Hkv) D]; returns out."""
-        table = np.zeros((self.op.max_seq_len, D), np.float32)
-        table[:, : D // 2] = 1.0  # cos = 1, sin = 0: keys are cached as given
-        feeds = {
-            "qkv": qkv.astype(self.op.dtype),
-            "past": self.past,
-            "chunk": np.array(chunk, np.int32),
-            "past_span": np.zeros(max(1, self.past.max()), np.int8),
-            "cos_sin": table,
-        }
-        out, *caches = self.session.run(None, {**feeds, **self.state})
-        self.state = dict(zip(self.state, caches, strict=True))
-        self.past = self.past + np.array(chunk, np.int32)
-        return out
 
 
 def attention(policy: RazorPolicy, n_max: int, heads: tuple[int, ...] = (), kv: int = 1):
@@ -260,14 +184,20 @@ def _is_ordered(graph: onnx.GraphProto, cache: str) -> bool:
     return all(n.name in before or n.name == writer.name for n in readers)
 
 
-@pytest.mark.parametrize("comp_tokens", [1, 3])
+@pytest.mark.parametrize("comp_tokens, heavy", [(1, 0), (3, 0), (0, 4), (3, 4)])
 @pytest.mark.parametrize("optimised", [False, True], ids=["flat", "optimised"])
 def test_caches_are_read_before_they_are_written_in_place(
-    optimised: bool, comp_tokens: int, make_spec, make_checkpoint, make_map, tmp_path: Path
+    optimised: bool,
+    comp_tokens: int,
+    heavy: int,
+    make_spec,
+    make_checkpoint,
+    make_map,
+    tmp_path: Path,
 ) -> None:
     """By data dependence, in the engine's graph and in what ONNX Runtime makes of it."""
     spec = make_spec()
-    policy = RazorPolicy(2, 3, None, comp_tokens)
+    policy = RazorPolicy(2, 3, None, comp_tokens, heavy)
     options = GraphOptions(policy, make_map(spec, (1,), ()), 40)
     path = export_decoder(make_checkpoint(spec), options, tmp_path)
     flatten(path)

@@ -104,7 +104,8 @@ def test_decoder_gives_the_same_with_fewer_nodes(
             np.testing.assert_allclose(got[name], want[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def test_layers_share_their_index_arithmetic(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heavy", [0, 3])
+def test_layers_share_their_index_arithmetic(tmp_path: Path, heavy: int) -> None:
     """A further layer with heads that were seen before adds only what depends on its activations."""
     counts = []
     for layers in (2, 3):
@@ -113,7 +114,7 @@ def test_layers_share_their_index_arithmetic(tmp_path: Path) -> None:
         folder = tmp_path / str(layers)
         folder.mkdir()
         path = export_decoder(
-            random_checkpoint(spec), GraphOptions(RazorPolicy(2, 5, 3, 1), heads, 64), folder
+            random_checkpoint(spec), GraphOptions(RazorPolicy(2, 5, 3, 1, heavy), heads, 64), folder
         )
         flat = inline_graph(onnx.load(path, load_external_data=False))
         counts.append([n.op_type for n in flat.graph.node])
@@ -124,7 +125,7 @@ def test_layers_share_their_index_arithmetic(tmp_path: Path) -> None:
 
 def test_node_names_are_unique(tmp_path: Path) -> None:
     heads = HeadMap("tiny", SPEC.fingerprint(), 3, 3, HEADS, "test", "test")
-    options = GraphOptions(RazorPolicy(2, 5, 3, 4), heads, 64)
+    options = GraphOptions(RazorPolicy(2, 5, 3, 4, 3), heads, 64)
     path = export_decoder(random_checkpoint(SPEC), options, tmp_path)
     names: list[str] = []
 

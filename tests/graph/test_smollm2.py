@@ -16,7 +16,7 @@ from trt_razor.graph.decoder import export_decoder
 from trt_razor.graph.options import GraphOptions
 from trt_razor.headmap import HeadMap
 from trt_razor.models.checkpoint import open_checkpoint
-from trt_razor.policy import RazorPolicy
+from trt_razor.policy import PRESETS, RazorPolicy
 from trt_razor.reference import ReferenceDecoder
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -24,7 +24,10 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 N_MAX, STEPS = 1600, 64
 TOLERANCE = 1e-4
-POLICY = RazorPolicy(sink_tokens=4, min_window=128, compression=5, comp_tokens=1)
+POLICIES = {
+    "one mean": RazorPolicy(sink_tokens=4, min_window=128, compression=5, comp_tokens=1),
+    "tight": PRESETS["tight"],  # heavy hitters and 16 clusters
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +69,9 @@ def prefill(session, slot: int, tokens: np.ndarray, chunk: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("comp_tokens", [1, 16])
-def test_razor_engine_equals_reference(comp_tokens, checkpoint, head_map, text, tmp_path):
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_razor_engine_equals_reference(policy, checkpoint, head_map, text, tmp_path):
     """1,500 tokens whole, 1,100 in chunks, 300 whole; then 64 steps together, far past the window."""
-    policy = POLICY.with_(comp_tokens=comp_tokens)
     options = GraphOptions(policy, head_map, N_MAX)
     session = session_for(checkpoint, options, tmp_path, 3)
     reference = ReferenceDecoder(checkpoint, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_every_field_reaches_the_struct() -> None:
         num_kv_heads=8,
         head_dim=128,
         max_seq_len=4096,
-        policy=POLICY,
+        policy=POLICY.with_(heavy_hitters=7),
         retrieval_heads=(1, 6),
         dtype="bfloat16",
         cache_dtype="float8_e4m3fn",
@@ -38,7 +39,7 @@ def test_every_field_reaches_the_struct() -> None:
     assert [heads[i] for i in range(2)] == [1, 6]
     assert found == {
         "struct_size": 96,
-        "version": 1,
+        "version": 2,
         "num_heads": 32,
         "num_kv_heads": 8,
         "head_dim": 128,
@@ -54,7 +55,7 @@ def test_every_field_reaches_the_struct() -> None:
         "min_window": 100,
         "compression": 5,
         "comp_tokens": 3,
-        "heavy_hitters": 0,
+        "heavy_hitters": 7,
         "ring_rows": 900,
         "local_ring_offset": 32,
         "full_ring_offset": 31,
@@ -73,6 +74,9 @@ def test_defaults_are_the_layout_of_the_semantics() -> None:
     assert (c.dtype, c.cache_dtype, c.position) == (structs.FP16, structs.FP16, structs.ROPE_HALF)
     assert c.ring_rows == POLICY.ring_rows(4096)
     assert c.local_ring_offset == c.full_ring_offset == 4
+    heavy = replace(layer, policy=POLICY.with_(heavy_hitters=9))
+    assert (heavy.c_struct.local_ring_offset, heavy.c_struct.full_ring_offset) == (13, 4)
+    assert heavy.local_rows == 13 + POLICY.ring_rows(4096)
     assert not c.retrieval_heads
     assert layer.local_rows == POLICY.local_rows(4096)
     assert layer.full_rows == 4096

@@ -84,7 +84,7 @@ FUNCTIONS = ["last_error", "ring_rows", "check_layer", "workspace_size", "attent
 def test_a_library_of_another_version(tmp_path: Path) -> None:
     others = "".join(f"void razor_{name}(void) {{}}\n" for name in FUNCTIONS)
     path = compiled(tmp_path, f"unsigned razor_api_version(void) {{ return 77; }}\n{others}")
-    with pytest.raises(RazorError, match=r"expected API version 1, found 77; .*'make plugin'"):
+    with pytest.raises(RazorError, match=r"expected API version 2, found 77; .*'make plugin'"):
         Library(path)
 
 
@@ -96,7 +96,7 @@ def test_another_library(tmp_path: Path) -> None:
 
 def test_status_codes_become_exceptions(tmp_path: Path) -> None:
     source = """
-        unsigned razor_api_version(void) { return 1; }
+        unsigned razor_api_version(void) { return 2; }
         const char *razor_build_info(void) { return "0.0 (test)"; }
         const char *razor_last_error(void) { return "head_dim: expected 64, found 80"; }
         int status;

@@ -4,8 +4,8 @@ A Rig owns the caches of a layer and the sequences in them. Every call it makes 
 
 * the outputs, per sequence and query head, against the float64 reference fed with inputs that
   are rounded exactly as the kernels round them;
-* every byte of the caches: a row that a kept token took holds exactly its key and value, every
-  other byte is what it was before (buffers begin as 0xff, NaN in every type used here);
+* every byte of the caches: a row that a kept token took holds exactly its key and value, the rows
+  of heavy hitters hold the tokens that the reference chose, every other byte is what it was before (buffers begin as 0xff, NaN in every type used here);
 * the compensation tokens: means, counts, log-weights;
 * that inputs are as they were and nothing was written outside a buffer.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from razor_layers import Layer, TieError, Tokens, draw_tokens, no_ties
+from razor_layers import Layer, TieError, Tokens, as_bytes, draw_tokens, no_ties, stored
 from razor_memory import Buffer, Place, Store, contiguous_store
 from torch import Tensor
 
@@ -205,7 +205,24 @@ class Rig:
                         k, v = self.store.row(kind, sequence, head, layer.row(kind, p))
                         k.expect(tokens.k_bytes[kv, p])
                         v.expect(tokens.v_bytes[kv, p])
+            self._expect_heavy(sequence, state.cache)
         return outputs
+
+    def _expect_heavy(self, sequence: int, cache: LayerCache) -> None:
+        """The rows of heavy hitters are those of the reference, number by number."""
+        local, layer = cache.local, self.layer
+        if local is None or not layer.policy.heavy(cache.n):
+            return
+        for head in range(len(layer.local)):
+            for row in local.heavy_rows().tolist():
+                places = self.store.row("local", sequence, head, row)
+                for place, rows, scale in zip(
+                    places,
+                    (local.local_k, local.local_v),
+                    (layer.k_scale, layer.v_scale),
+                    strict=True,
+                ):
+                    place.expect(as_bytes(stored(rows[head, row], layer, scale)))
 
     def _run(self, plan: _Plan) -> Tensor:
         layer, call = self.layer, plan.call
@@ -375,7 +392,7 @@ def check(
     slots: int = 4,
     loud: float = 1.0,
 ) -> Rig:
-    """Run calls on fresh caches, with the first seed whose data has no ties between clusters.
+    """Run calls on fresh caches, with the first seed whose data has no ties.
 
     Args:
         calls: or what makes them for a Rig, as it goes.
@@ -389,4 +406,4 @@ def check(
         except TieError:
             continue
         return rig
-    raise AssertionError(f"{layer}: no data without ties between clusters in 10 attempts")
+    raise AssertionError(f"{layer}: no data without ties in 10 attempts")

@@ -80,7 +80,8 @@ class PagedRows:
         behind_sinks = max(0, tokens - layer.policy.sink_tokens)
         if self.kind == "local":
             behind_sinks = min(behind_sinks, layer.ring_rows)
-        rows = max(1, layer.ring_offset + behind_sinks)
+        offset = layer.ring_offset if self.kind == "local" else layer.full_offset
+        rows = max(1, offset + behind_sinks)
         return -(-rows // self.tokens_per_block)
 
     def grow(self, sequence: int, tokens: int) -> None:
@@ -141,8 +142,8 @@ class CyclicStore(LayerStore):
     def comp(self, sequence: int, head: int) -> CompPlaces:
         local, m, row = self.rows["local"], self._layer.policy.comp_tokens, 4 * self._layer.head_dim
         assert isinstance(local, PagedRows)
-        sinks = self._layer.policy.sink_tokens
-        k, v = (local.offset(sequence, head, sinks, value) for value in (False, True))
+        first = self._layer.policy.kept_rows
+        k, v = (local.offset(sequence, head, first, value) for value in (False, True))
         weights = k + m * row
         return CompPlaces(
             [Place(local.pool, k + i * row, row) for i in range(m)],
@@ -152,19 +153,19 @@ class CyclicStore(LayerStore):
         )
 
 
-def bubble(sinks: int, tokens_per_block: int) -> int:
-    """Rows between the sinks and the next block."""
-    return -sinks % tokens_per_block
+def bubble(kept_rows: int, tokens_per_block: int) -> int:
+    """Rows between the sinks and heavy hitters and the next block."""
+    return -kept_rows % tokens_per_block
 
 
 def cyclic_store(
     layer: Layer, tokens_per_block: int, slots: int, seed: int = 0, spare_blocks: int = 2
 ) -> LayerStore:
-    """Both classes in pools; needs a layer made with ``bubble(sinks, tokens_per_block)``.
+    """Both classes in pools; needs a layer made with ``bubble(kept_rows, tokens_per_block)``.
 
-    Compensation tokens lie in the bubble, or by slot where the sinks leave none.
+    Compensation tokens lie in the bubble, or by slot where there is none.
     """
-    assert layer.bubble == bubble(layer.policy.sink_tokens, tokens_per_block)
+    assert layer.bubble == bubble(layer.policy.kept_rows, tokens_per_block)
     of = Slots(slots, random.Random(seed).sample(range(slots), slots))
     rows: dict[str, Rows] = {}
     for kind in classes(layer):

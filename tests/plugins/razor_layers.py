@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trt_razor.kernels import LayerConfig
 from trt_razor.policy import RazorPolicy
-from trt_razor.reference import clusters
+from trt_razor.reference import clusters, heavy
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,13 +27,17 @@ _ROPE = ("half", "interleaved")
 TIE_MARGIN = 2e-5
 """Distances closer than this, relative to ‖k‖² + ‖c‖², may decide either way in float32."""
 
+SCORE_MARGIN = 1e-4
+"""Scores of heavy hitters closer than this may decide either way: sums of exponentials of float32
+dot products."""
+
 
 @dataclass(frozen=True)
 class Layer:
     """What a layer is: the fields of ``razor_layer`` that tests vary.
 
-    ``spare_rows`` are ring rows beyond the smallest ring; ``bubble`` are rows between sinks and
-    ring of both classes of heads (the pools of TensorRT-LLM have them). ``rotary_dim`` 0 = all.
+    ``spare_rows`` are ring rows beyond the smallest ring; ``bubble`` are unused rows before the ring
+    of local heads and behind the sinks of retrieval heads (the pools of TensorRT-LLM have them). ``rotary_dim`` 0 = all.
     """
 
     num_kv_heads: int = 2
@@ -81,6 +85,10 @@ class Layer:
 
     @property
     def ring_offset(self) -> int:
+        return self.policy.kept_rows + self.bubble
+
+    @property
+    def full_offset(self) -> int:
         return self.policy.sink_tokens + self.bubble
 
     def rows(self, kind: str) -> int:
@@ -91,7 +99,9 @@ class Layer:
         behind = position - self.policy.sink_tokens
         if behind < 0:
             return position
-        return self.ring_offset + (behind % self.ring_rows if kind == "local" else behind)
+        if kind == "full":
+            return self.full_offset + behind
+        return self.ring_offset + behind % self.ring_rows
 
     def kept(self, position: int, n: int) -> bool:
         """Does a local head with ``n`` tokens hold this position as a row?"""
@@ -135,16 +145,17 @@ class Layer:
             scale=self.scale or None,
             ring_rows=self.ring_rows,
             local_ring_offset=self.ring_offset,
-            full_ring_offset=self.ring_offset,
+            full_ring_offset=self.full_offset,
         )
 
     def __str__(self) -> str:
         p, kind = self.policy, "fp16" if self.dtype == torch.float16 else "bf16"
         table = f".{self.table}{self.rotary_dim or ''}" if self.position in _ROPE else ""
         window = f"w{p.min_window}" + (f"c{p.compression}" if p.compression else "")
+        heavy = f"H{p.heavy_hitters}-" if p.heavy_hitters else ""
         return (
             f"D{self.head_dim}-g{self.group}-{kind}{'.fp8' if self.fp8 else ''}-"
-            f"{self.position}{table}-M{p.comp_tokens}-s{p.sink_tokens}{window}-"
+            f"{self.position}{table}-M{p.comp_tokens}-{heavy}s{p.sink_tokens}{window}-"
             f"r{''.join(map(str, self.retrieval)) or '_'}of{self.num_kv_heads}"
         )
 
@@ -265,13 +276,14 @@ def as_bytes(x: Tensor) -> Bytes:
 
 
 class TieError(AssertionError):
-    """The data of a test leaves a nearest-cluster decision to rounding: another seed is needed."""
+    """The data of a test leaves a decision to rounding: another seed is needed."""
 
 
 @contextmanager
 def no_ties() -> Iterator[None]:
-    """Raises TieError when the reference decides between clusters by less than TIE_MARGIN."""
-    original = clusters.nearest
+    """Raises TieError when the reference decides between clusters by less than TIE_MARGIN, or between
+    heavy hitters by less than SCORE_MARGIN."""
+    original, choose = clusters.nearest, heavy.choose
 
     def careful(keys: Tensor, centroids: Tensor) -> Tensor:
         if len(centroids) > 1 and len(keys):
@@ -282,8 +294,15 @@ def no_ties() -> Iterator[None]:
                 raise TieError("two clusters are equally near")
         return original(keys, centroids)
 
-    clusters.nearest = careful
+    def careful_choose(score: Tensor, keep: int) -> Tensor:
+        if 0 < keep < score.shape[1]:
+            best = score.topk(keep + 1, dim=1).values
+            if bool(((best[:, keep - 1] - best[:, keep]) < SCORE_MARGIN).any()):
+                raise TieError("two scores are equally high")
+        return choose(score, keep)
+
+    clusters.nearest, heavy.choose = careful, careful_choose
     try:
         yield
     finally:
-        clusters.nearest = original
+        clusters.nearest, heavy.choose = original, choose

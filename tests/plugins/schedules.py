@@ -46,6 +46,7 @@ AXES: dict[str, list[Any]] = {
     "heads": [(2, ()), (2, (0, 1)), (2, (1,)), (2, (0,)), (4, (0, 2)), (3, (1,))],
     "policy": list(POLICIES.values()),
     "spare_rows": [0, 3],
+    "heavy_hitters": [0, 3],
 }
 
 
@@ -53,6 +54,7 @@ def layer_of(choice: dict[str, Any], **changes: Any) -> Layer:
     """The layer of one value of each axis."""
     position, table, rotary_dim = choice["position"]
     comp_tokens = min(choice["comp_tokens"], 1 if position == "alibi" else 256)
+    heavy_hitters = 0 if position == "alibi" else choice["heavy_hitters"]
     num_kv_heads, retrieval = choice["heads"]
     k_scale, v_scale = choice["fp8"] or (None, None)
     layer = Layer(
@@ -65,7 +67,7 @@ def layer_of(choice: dict[str, Any], **changes: Any) -> Layer:
         position=position,
         table=table,
         rotary_dim=rotary_dim,
-        policy=choice["policy"].with_(comp_tokens=comp_tokens),
+        policy=choice["policy"].with_(comp_tokens=comp_tokens, heavy_hitters=heavy_hitters),
         k_scale=k_scale,
         v_scale=v_scale,
         spare_rows=choice["spare_rows"],
@@ -105,7 +107,7 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
 SANITIZED = [
     layer_of(dict(zip(AXES, values, strict=True)))
     for values in (
-        (64, 4, torch.float16, None, ("half", "split", 0), 5, (3, (1,)), POLICIES["window"], 0),
+        (64, 4, torch.float16, None, ("half", "split", 0), 5, (3, (1,)), POLICIES["window"], 0, 3),
         (
             96,
             1,
@@ -116,6 +118,7 @@ SANITIZED = [
             (2, ()),
             POLICIES["half"],
             0,
+            3,
         ),
         (
             128,
@@ -126,6 +129,7 @@ SANITIZED = [
             1,
             (2, (1,)),
             POLICIES["window"],
+            0,
             0,
         ),
         (
@@ -138,6 +142,7 @@ SANITIZED = [
             (2, (0,)),
             POLICIES["no-sinks"],
             0,
+            5,
         ),
     )
 ]

@@ -151,7 +151,7 @@ WRONG_LAYERS = [
         {"position": structs.ALIBI},
         "comp_tokens: expected 0 or 1 with ALiBi, found 2: a cluster has no single position",
     ),
-    ({"heavy_hitters": -1}, "heavy_hitters: expected 0..536870912, found -1"),
+    ({"heavy_hitters": -1}, "heavy_hitters: expected 0..1024, found -1"),
     (
         {"heavy_hitters": 1},
         "local_ring_offset: expected at least sink_tokens + heavy_hitters (4 + 1), found 4",
@@ -466,13 +466,32 @@ def test_means_in_the_bubble(library: Library) -> None:
     bubble(call, layer, 8)
     assert attend(library, layer, call) == (
         structs.INVALID_ARGUMENT,
-        "comp.kind: 2 compensation tokens need 5 rows between sinks and ring, found 4 "
-        "(local_ring_offset 8 - sink_tokens 4)",
+        "comp.kind: 2 compensation tokens need 5 rows between sinks, heavy hitters and ring, found 4 "
+        "(local_ring_offset 8 - sink_tokens 4 - heavy_hitters 0)",
     )
     bubble(call, layer, 32, tokens=8)
     assert attend(library, layer, call) == (
         structs.INVALID_ARGUMENT,
         "comp.kind: 5 rows of compensation tokens from row 4 on do not lie inside one block of 8 tokens",
+    )
+
+
+def test_means_behind_heavy_hitters(library: Library) -> None:
+    layer, call = layer_struct(), packed_call()
+    layer.heavy_hitters = 23
+    bubble(call, layer, 32)
+    call.comp.comp = call.comp.log_weight = call.comp.count = None
+    accepted(library, layer, call)  # rows 27 .. 31
+    layer.heavy_hitters = 24
+    assert attend(library, layer, call) == (
+        structs.INVALID_ARGUMENT,
+        "comp.kind: 2 compensation tokens need 5 rows between sinks, heavy hitters and ring, found 4 "
+        "(local_ring_offset 32 - sink_tokens 4 - heavy_hitters 24)",
+    )
+    bubble(call, layer, 64)
+    assert attend(library, layer, call) == (
+        structs.INVALID_ARGUMENT,
+        "comp.kind: 5 rows of compensation tokens from row 28 on do not lie inside one block of 32 tokens",
     )
 
 
@@ -543,7 +562,7 @@ def test_structs_of_another_version(library: Library) -> None:
         status, message = attend(library, layer, call)
         assert status == structs.VERSION_MISMATCH
         assert re.match(
-            r"razor_layer: expected \d+ bytes of API version 1, found \d+ bytes", message
+            r"razor_layer: expected \d+ bytes of API version 2, found \d+ bytes", message
         )
         assert library._c.razor_check_layer(ctypes.byref(layer)) == structs.VERSION_MISMATCH
         assert library._c.razor_ring_rows(ctypes.byref(layer)) == 0

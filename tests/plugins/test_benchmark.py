@@ -21,12 +21,13 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
-def test_dry_run(shim_library: Path, tmp_path: Path) -> None:
-    output = tmp_path / "kernels.json"
+@pytest.mark.parametrize("heavy_hitters", [0, 3])
+def test_dry_run(shim_library: Path, tmp_path: Path, heavy_hitters: int) -> None:
+    output, policy = tmp_path / "kernels.json", POLICY | {"heavy_hitters": heavy_hitters}
     small = "--tiny --batches 3 --lengths 60 --prefill-length 56 --prefill-chunks 24 --seconds 0"
     done = _run(
         *small.split(),
-        *("--device", "cpu", "--library", shim_library, "--policy", json.dumps(POLICY)),
+        *("--device", "cpu", "--library", shim_library, "--policy", json.dumps(policy)),
         *("--copy-bytes", 100_000, "--dtype", "float16", "--output", output),
     )
     assert done.returncode == 0, done.stderr

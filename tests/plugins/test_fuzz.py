@@ -26,6 +26,7 @@ def random_policy(rng: random.Random) -> RazorPolicy:
         min_window=rng.choice([1, 2, 5, 8, 13, 30]),
         compression=rng.choice([None, None, 1, 2, 3, 5]),
         comp_tokens=rng.choice([0, 1, 1, 1, 2, 5, 8, 40]),
+        heavy_hitters=rng.choice([0, 0, 1, 3, 9, 40]),
     )
 
 
@@ -35,6 +36,7 @@ def random_layer(rng: random.Random) -> Layer:
     choice["head_dim"] = rng.choice([64, 64, 96, 128, 256])
     policy = random_policy(rng)
     choice["policy"], choice["comp_tokens"] = policy, policy.comp_tokens
+    choice["heavy_hitters"] = policy.heavy_hitters
     return layer_of(choice, n_max=rng.choice([17, 40, 64, 97]))
 
 
@@ -43,8 +45,7 @@ def random_store(layer: Layer, rng: random.Random) -> tuple[Layer, LayerStore]:
     kind = rng.choice(["plain", "slots", "linear", "cyclic", "cyclic"])
     tokens_per_block, seed = rng.choice([8, 16, 32, 64]), rng.randrange(1 << 30)
     if kind == "cyclic":
-        sinks, m = layer.policy.sink_tokens, layer.policy.comp_tokens
-        space = bubble(sinks, tokens_per_block)
+        m, space = layer.policy.comp_tokens, bubble(layer.policy.kept_rows, tokens_per_block)
         needed = m * (layer.head_dim + 2) * 4
         if space == 0 or needed <= space * layer.row_bytes:
             layer = replace(layer, bubble=space)

@@ -1,111 +1,281 @@
-"""Rows behind the sinks that stay: attended like any other, in decode and in prefill, a number a head."""
+"""Dropped tokens that stay rows of their own: chosen, kept and attended as the reference does.
+
+The Rig compares every byte of their rows with the reference's choice, and the compensation tokens, which
+hold the losers.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from harness import Call, Rig, check
+from pages import bubble, cyclic_store, linear_store
+from razor_layers import Layer, TieError, as_bytes
+from razor_memory import contiguous_store
+from schedules import in_flight
 
-from trt_razor.kernels import Caches, LayerConfig
-from trt_razor.policy import RazorPolicy
-from trt_razor.reference import CachedRows, FullHeadsCache, LocalHeadsCache, chunk_attention
+from trt_razor.errors import UsageError
+from trt_razor.kernels import Limits, RazorKernels
+from trt_razor.policy import SELECT_MIN_CHUNK, RazorPolicy
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from trt_razor.kernels import RazorKernels
-
-H, N_MAX, HEADS, D = 19, 96, 4, 64
-POLICY = RazorPolicy(sink_tokens=3, min_window=20, compression=None, comp_tokens=2)
-LAYER = LayerConfig(8, HEADS, D, N_MAX, POLICY, (2,), position="none", scale=0.4, heavy_hitters=H)
-LOCAL = LAYER.local_heads
-# Asked for, per sequence and local head; what does not fit counts as the nearest that does.
-ASKED = torch.tensor([[0, 19, 4], [1, 200, -3], [18, 0, 0]], dtype=torch.int32)
-USED = ASKED.clamp(0, H)
+POLICY = RazorPolicy(sink_tokens=2, min_window=6, compression=None, comp_tokens=1, heavy_hitters=3)
+SMALL = Layer(policy=POLICY, n_max=160)  # D = 64, g = 2, one retrieval and one local head
 
 
-def with_extra(rows: CachedRows, k: Tensor, v: Tensor) -> CachedRows:
-    """The rows of one head, and those of its heavy hitters."""
-    weight = torch.cat([rows.log_weight, torch.zeros(1, len(k))], dim=1)
-    position = torch.cat([rows.position, torch.zeros(len(k), dtype=torch.float64)])
-    return CachedRows(
-        torch.cat([rows.k, k[None].float()], 1),
-        torch.cat([rows.v, v[None].float()], 1),
-        weight,
-        position,
-    )
+def with_policy(layer: Layer = SMALL, **changes: Any) -> Layer:
+    return replace(layer, policy=layer.policy.with_(**changes))
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 13])
-def test_they_are_seen(kernels_on: Callable[[int], RazorKernels], multiprocessors: int) -> None:
-    kernels = kernels_on(multiprocessors)
-    torch.manual_seed(multiprocessors)
-    batch, group = len(ASKED), LAYER.group
-    caches = Caches.empty(LAYER, batch, "cpu")
-    assert caches.local is not None
-    local_k, local_v = caches.local.k, caches.local.v
-    local_k.fill_(torch.nan)
-    local_v.fill_(torch.nan)
-    front = slice(POLICY.sink_tokens, POLICY.sink_tokens + H)
-    full = [FullHeadsCache(1, D, N_MAX) for _ in range(batch)]
-    local = [[LocalHeadsCache(POLICY, 1, D, N_MAX) for _ in LOCAL] for _ in range(batch)]
-
-    past = 0
-    for step, length in enumerate([33, 1, 1, 12, 1]):
-        if step == 1:  # now they are chosen; rows of others stay NaN
-            for b in range(batch):
-                for h, used in enumerate(USED[b].tolist()):
-                    rows = slice(front.start, front.start + used)
-                    local_k[b, h, rows] = torch.randn(used, D).half()
-                    local_v[b, h, rows] = torch.randn(used, D).half()
-            kept = local_k[:, :, front].clone(), local_v[:, :, front].clone()
-        qkv = torch.randn(batch, length, LAYER.qkv_width).half()
-        got = kernels.attention(
-            LAYER,
-            qkv,
-            caches,
-            past=torch.full((batch,), past, dtype=torch.int32),
-            chunk=torch.full((batch,), length, dtype=torch.int32),
-            num_heavy_hitters=ASKED if step else None,
-        )
-        q, k, v = (
-            x.unflatten(2, (-1, D)).transpose(1, 2).float()
-            for x in qkv.split([8 * D, HEADS * D, HEADS * D], dim=2)
-        )
-        for b in range(batch):
-            for head in range(HEADS):
-                one = slice(head, head + 1)
-                queries = q[b, head * group : (head + 1) * group][None]
-                if head == 2:
-                    cache, rows = full[b], full[b].rows()
-                else:
-                    h = LOCAL.index(head)
-                    cache, rows = local[b][h], local[b][h].rows()
-                    if step:
-                        used = int(USED[b, h])
-                        extra = slice(front.start, front.start + used)
-                        rows = with_extra(rows, local_k[b, h, extra], local_v[b, h, extra])
-                want = chunk_attention(queries, rows, k[b, one], v[b, one], past, 0.4)[0]
-                cache.update(k[b, one], v[b, one])
-                mine = got[b].float().unflatten(1, (8, D)).transpose(0, 1)
-                mine = mine[head * group : (head + 1) * group]
-                error = float((mine - want).norm() / want.norm())
-                assert error < 1e-3, (step, b, head, error)
-        past += length
-        if step:  # nobody else writes them
-            for now, before in zip((local_k, local_v), kept, strict=True):
-                assert torch.equal(now[:, :, front].view(torch.int16), before.view(torch.int16))
-    assert POLICY.dropped(past) > 0
-    counts = [[int(local[b][h].comp_count.sum()) for h in range(3)] for b in range(batch)]
-    assert caches.comp is not None
-    assert caches.comp.count.sum(-1).int().tolist() == counts
+LAYERS = [
+    SMALL,
+    replace(with_policy(comp_tokens=0, heavy_hitters=1), head_dim=128, group=4, retrieval=()),
+    replace(with_policy(comp_tokens=4, heavy_hitters=64), group=1, dtype=torch.bfloat16),
+    replace(
+        with_policy(comp_tokens=32),
+        head_dim=96,
+        group=3,
+        position="interleaved",
+        table="pairs",
+        rotary_dim=48,
+        num_kv_heads=3,
+        retrieval=(1,),
+    ),
+    replace(
+        with_policy(comp_tokens=4, heavy_hitters=5),
+        head_dim=256,
+        dtype=torch.bfloat16,
+        fp8=True,
+        k_scale=0.0625,
+        v_scale=0.25,
+    ),
+    replace(
+        with_policy(comp_tokens=32, heavy_hitters=64, sink_tokens=0),
+        group=20,
+        fp8=True,
+        num_kv_heads=1,
+        retrieval=(),
+    ),
+    replace(with_policy(min_window=3, compression=3, comp_tokens=4), position="none", spare_rows=3),
+    replace(with_policy(min_window=1), head_dim=96, group=7, fp8=True, dtype=torch.bfloat16),
+    replace(SMALL, retrieval=(0, 1)),
+]
 
 
-def test_they_need_room(kernels_on: Callable[[int], RazorKernels]) -> None:
-    from trt_razor.errors import UsageError
+def every_call() -> list[Call]:
+    """Three sequences: chunks that choose and ones too short for it, decode between them, all kinds of
+    calls. Ring and rows wrap and fill at different times."""
+    every = [(0, 1), (1, 1), (2, 1)]
+    return [
+        Call(contexts=[(0, 5), (1, 33), (2, 0)]),
+        Call(contexts=[(0, 17), (1, 16), (2, 15)], slack=2),
+        Call(generations=every),
+        Call(contexts=[(2, 71), (0, 1)], generations=[(1, 1)], packed=True, use_total=True),
+        Call(generations=every, slack=3),
+        Call(contexts=[(1, 40), (0, 16)], generations=[(2, 1)], packed=True, one_each=True),
+        Call(generations=[(2, 1), (1, 0), (0, 1)], packed=True),
+    ]
 
-    with pytest.raises(UsageError, match=r"local_ring_offset: expected at least .* \(3 \+ 19\)"):
-        kernels_on(1).check_layer(replace(LAYER, local_ring_offset=21))
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_call(kernels: RazorKernels, layer: Layer) -> None:
+    check(kernels, layer, every_call())
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[3]], ids=str)
+def test_the_same_bits_every_time(kernels_on: Callable[[int], RazorKernels], layer: Layer) -> None:
+    check(kernels_on(13), layer, every_call(), twice=True)
+
+
+# Lengths ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("min_window", [9, 12])
+def test_prompts_around_every_boundary(kernels: RazorKernels, min_window: int) -> None:
+    """The first dropped token, as many as there are rows and one more, chunks of one token fewer and
+    more than may choose; then the same behind rows that are full, half full and empty."""
+    layer = replace(with_policy(min_window=min_window, heavy_hitters=4, comp_tokens=2), n_max=64)
+    first = range(layer.policy.first_drop() - 1, layer.policy.first_drop() + 9)
+    assert {SELECT_MIN_CHUNK - 1, SELECT_MIN_CHUNK, SELECT_MIN_CHUNK + 1} <= set(first)
+    assert {3, 4, 5} <= {layer.policy.dropped(n) for n in first}
+    every = list(enumerate(first))
+    seconds = [15, 16, 17, 14, 18, 1, 2, 30, 16, 17]
+    calls = [
+        Call(contexts=every),
+        Call(contexts=list(zip(range(10), seconds, strict=True)), packed=True),
+        Call(generations=[(s, 1) for s in range(10)]),
+    ]
+    check(kernels, layer, calls, slots=10)
+
+
+@pytest.mark.parametrize("heavy_hitters, comp_tokens", [(1, 0), (3, 4), (64, 1)])
+def test_decode_fills_the_rows(kernels: RazorKernels, heavy_hitters: int, comp_tokens: int) -> None:
+    """Token by token: the first ones to be dropped stay, the others are folded, the ring wraps; then a
+    chunk chooses among them."""
+    policy = POLICY.with_(heavy_hitters=heavy_hitters, comp_tokens=comp_tokens)
+    layer = replace(SMALL, policy=policy, n_max=110, group=17 if heavy_hitters == 3 else 2)
+    calls = [*[Call(generations=[(0, 1)])] * 82, Call(contexts=[(0, 28)])]
+    rig = check(kernels, layer, calls, slots=1)
+    assert policy.heavy(82) == heavy_hitters
+    assert rig.n(0) == 110
+
+
+@pytest.mark.parametrize("size", [3, 15, 16, 40])
+def test_chunks_of_every_size(kernels: RazorKernels, size: int) -> None:
+    layer = with_policy(heavy_hitters=20, comp_tokens=2)
+    calls = [Call(contexts=[(0, size)])] * (120 // size) + [Call(generations=[(0, 1)])] * 2
+    check(kernels, layer, calls, slots=1)
+
+
+def test_more_candidates_than_a_round_of_the_block(kernels: RazorKernels) -> None:
+    """Hundreds of rows among a thousand candidates: several tiles of keys, several rounds."""
+    policy = RazorPolicy(1, 8, None, comp_tokens=1, heavy_hitters=300)
+    layer = Layer(num_kv_heads=1, group=1, retrieval=(), policy=policy, n_max=1500)
+    check(kernels, layer, [Call(contexts=[(0, 1180)]), Call(contexts=[(0, 40)])], slots=1)
+
+
+# Scores -------------------------------------------------------------------------------------------
+def test_equal_scores_go_to_the_first(kernels: RazorKernels) -> None:
+    """Queries of zeros leave the length of the values to decide, and most are equally long."""
+    layer = replace(with_policy(heavy_hitters=6), position="none", n_max=96, retrieval=(), group=3)
+    rig = Rig(kernels, layer, slots=1)
+    tokens = rig._of(0).tokens
+    tokens.q.zero_()
+    tokens.ref_q.zero_()
+    signs = tokens.v.sign().double()  # values of ones, and of twos at a few positions
+    signs[:, 10] *= 2
+    signs[:, 25:30] *= 2
+    tokens.v.copy_(signs)
+    tokens.ref_v.copy_(signs)
+    tokens.v_bytes[:] = as_bytes(tokens.v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("razor_layers.SCORE_MARGIN", -1.0)
+        rig.run([Call(contexts=[(0, 30)])])  # 10 is long; 25 .. 29 are in the window
+        local = rig.sequences[0].cache.local
+        assert local is not None
+        held = local.local_v[0, 2:8].abs().amax(1).tolist()
+        assert held == [1, 1, 1, 1, 1, 2], "positions 2 .. 6 and 10"
+        rig.run([Call(contexts=[(0, 40)])])
+        assert local.local_v[0, 2:8].abs().amax(1).tolist() == [2, 2, 2, 2, 2, 2]
+
+
+def test_values_of_zeros_lose(kernels: RazorKernels) -> None:
+    """A score of minus infinity is the lowest, and still wins where nothing else is left."""
+    layer = replace(with_policy(heavy_hitters=20), position="none", n_max=96, retrieval=())
+    rig = Rig(kernels, layer, slots=1)
+    tokens = rig._of(0).tokens
+    for x in (tokens.v, tokens.ref_v):
+        x[:, 2:18] = 0
+    tokens.v_bytes[:, 2:18] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("razor_layers.SCORE_MARGIN", -1.0)
+        rig.run([Call(contexts=[(0, 32)]), Call(contexts=[(0, 32)])])
+
+
+# Memory -------------------------------------------------------------------------------------------
+# design, tokens_per_block, sinks, H, M, changes
+PAGED = [
+    ("cyclic", 8, 4, 1, 1, {}),
+    ("cyclic", 32, 4, 3, 5, {"group": 4, "dtype": torch.bfloat16}),
+    ("cyclic", 16, 4, 12, 2, {"num_kv_heads": 3, "retrieval": (1,)}),  # no bubble
+    ("cyclic", 8, 2, 17, 1, {"fp8": True, "head_dim": 128}),  # heavy hitters over block edges
+    ("cyclic", 64, 9, 20, 13, {"retrieval": ()}),
+    ("linear", 8, 4, 9, 4, {}),
+    ("linear", 32, 0, 64, 0, {"fp8": True, "k_scale": 0.05, "v_scale": 0.25}),
+]
+
+
+def _paged(case: tuple[str, int, int, int, int, dict]) -> Layer:
+    design, block, sinks, heavy_hitters, m, changes = case
+    layer = replace(SMALL, policy=RazorPolicy(sinks, 11, None, m, heavy_hitters), **changes)
+    if design == "linear":
+        return layer
+    layer = replace(layer, bubble=bubble(layer.policy.kept_rows, block))
+    return replace(layer, spare_rows=-layer.ring_rows % block)
+
+
+@pytest.mark.parametrize("case", PAGED, ids=lambda c: f"{c[0]}-{c[1]}-s{c[2]}-H{c[3]}-M{c[4]}")
+def test_paged(kernels: RazorKernels, case: tuple[str, int, int, int, int, dict]) -> None:
+    layer = _paged(case)
+    make = cyclic_store if case[0] == "cyclic" else linear_store
+    check(kernels, layer, every_call(), store=lambda: make(layer, case[1], 3, 5))
+
+
+@pytest.mark.parametrize("case", [PAGED[1], PAGED[5]], ids=["cyclic", "linear"])
+def test_in_flight(kernels: RazorKernels, case: tuple[str, int, int, int, int, dict]) -> None:
+    """Requests come and go, with what their blocks and slots held."""
+    layer = replace(_paged(case), n_max=72)
+    if case[0] == "cyclic":
+        layer = replace(layer, spare_rows=0)
+        layer = replace(layer, spare_rows=-layer.ring_rows % case[1])
+    make = cyclic_store if case[0] == "cyclic" else linear_store
+    for attempt in range(10):
+        rig = Rig(kernels, layer, make(layer, case[1], 3, attempt), seed=attempt)
+        try:
+            rig.run(in_flight(rig, random.Random(attempt), requests=5, max_batch=3, budget=29))
+        except TieError:
+            continue
+        return
+    raise AssertionError("no data without ties")
+
+
+def test_slots(kernels: RazorKernels) -> None:
+    layer = replace(SMALL, num_kv_heads=4, retrieval=(0, 3))
+    check(kernels, layer, every_call(), store=lambda: contiguous_store(layer, 7, (5, 0, 6)))
+
+
+def test_a_slot_begins_anew(kernels: RazorKernels) -> None:
+    """Rows of an earlier sequence are not attended, nor candidates."""
+    rig = Rig(kernels, with_policy(heavy_hitters=9), slots=2)
+    for _ in range(2):
+        rig.run([Call(contexts=[(0, 31), (1, 17)]), Call(generations=[(0, 1), (1, 1)])])
+        rig.finish(0)
+        rig.finish(1)
+
+
+# Calls that do not fit ----------------------------------------------------------------------------
+@pytest.mark.parametrize("lie", [(20, 41), (-1, 30), (159, 30), (2**31 - 1, 16)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_lengths_out_of_bounds_are_idle(
+    kernels: RazorKernels, lie: tuple[int, int], packed: bool
+) -> None:
+    rig = Rig(kernels, SMALL, slots=3)
+    rig.run([Call(contexts=[(0, 20), (1, 20), (2, 24)])])
+    call = Call(contexts=[(0, 40), (1, 17), (2, 20)], lies={2: lie}, packed=packed)
+    rig.run([call, Call(generations=[(0, 1), (1, 1), (2, 1)])])
+
+
+def test_more_rows_than_the_library_takes(kernels: RazorKernels) -> None:
+    layer = SMALL.config()
+    layer.c_struct.heavy_hitters = 1025
+    with pytest.raises(UsageError, match=r"heavy_hitters: expected 0\.\.1024, found 1025"):
+        kernels.check_layer(layer)
+
+
+def test_they_need_room(kernels: RazorKernels) -> None:
+    layer = replace(SMALL.config(), local_ring_offset=4)
+    with pytest.raises(UsageError, match=r"local_ring_offset: expected at least .* \(2 \+ 3\)"):
+        kernels.check_layer(layer)
+
+
+def _limits() -> Iterator[Limits]:
+    for batch in (1, 3, 8):
+        for tokens in (0, 16, 300, 5000):
+            for chunk in (1, 15, 16, 300):
+                if chunk <= max(tokens, 1):
+                    yield Limits(batch, tokens, chunk, 1000)
+
+
+@pytest.mark.parametrize("comp_tokens", [0, 1, 32])
+def test_workspace_never_falls(kernels: RazorKernels, comp_tokens: int) -> None:
+    layer = replace(with_policy(comp_tokens=comp_tokens, heavy_hitters=64), n_max=5000).config()
+    sizes = [(limits, kernels.workspace_size(layer, limits)) for limits in _limits()]
+    for a, small in sizes:
+        for b, large in sizes:
+            fits = all(
+                getattr(a, name) <= getattr(b, name)
+                for name in ("max_batch", "max_context_tokens", "max_chunk")
+            )
+            assert not fits or small <= large, (a, b)

@@ -38,13 +38,21 @@ def make(dtype: torch.dtype, head_dim: int = 64) -> Any:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-@pytest.mark.parametrize("comp_tokens", [0, 1, 4])
+@pytest.mark.parametrize(
+    "comp_tokens, heavy_hitters", [(0, 0), (1, 0), (4, 0), (1, 4), (0, 30), (4, 5)]
+)
 def test_kernels_equal_the_reference(
-    comp_tokens: int, kernels: RazorKernels, monkeypatch: pytest.MonkeyPatch
+    comp_tokens: int,
+    heavy_hitters: int,
+    kernels: RazorKernels,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A prompt, steps, another chunk; the cache grows on the way and its tensors agree at the end."""
     monkeypatch.setattr(hf_cache, "GROWTH", 16)
-    policy, chunks = RazorPolicy(2, 8, 5, comp_tokens), [21, *[1] * 14, 7, 1]
+    policy = RazorPolicy(2, 8, 5, comp_tokens, heavy_hitters)
+    chunks = [21, *[1] * 14, 7, 1]
+    if heavy_hitters:
+        chunks[-2:] = [17, 1]  # long enough to choose again
     tokens, model = TOKENS[: sum(chunks)], make(torch.float16)
     calls: list[int] = []
     attention = kernels.attention
@@ -64,7 +72,7 @@ def test_kernels_equal_the_reference(
     for want, got in zip(caches[0].layers, caches[1].layers, strict=True):
         a, b = want.rows[0], got.rows[0]
         assert (a.n, a.local.n, a.n_max) == (b.n, b.local.n, b.n_max)
-        index = a.local.row_of(a.local.kept_positions())
+        index = torch.cat([a.local.row_of(a.local.kept_positions()), a.local.heavy_rows()])
         assert relative(b.local.local_k[:, index], a.local.local_k[:, index]) <= 5e-3
         assert torch.equal(a.local.comp_count, b.local.comp_count)
         if comp_tokens == 1:  # with more, a near tie may put a key elsewhere

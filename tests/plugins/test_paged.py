@@ -21,7 +21,7 @@ GROUPED = Layer(num_kv_heads=3, group=2, retrieval=(1,), n_max=72)
 
 def cyclic(layer: Layer, tokens_per_block: int) -> Layer:
     """The layer with a bubble behind its sinks, and a ring of whole blocks as the runtime has it."""
-    layer = replace(layer, bubble=bubble(layer.policy.sink_tokens, tokens_per_block))
+    layer = replace(layer, bubble=bubble(layer.policy.kept_rows, tokens_per_block))
     return replace(layer, spare_rows=-layer.ring_rows % tokens_per_block)
 
 

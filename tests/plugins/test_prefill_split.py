@@ -20,7 +20,7 @@ from razor_memory import LayerStore, contiguous_store
 from shim_build import build_folder, build_shim
 from test_sanitizers import run as run_sanitized
 
-from trt_razor.kernels import Caches, ContiguousView, LayerConfig, Limits, RazorKernels
+from trt_razor.kernels import Limits, RazorKernels
 from trt_razor.policy import RazorPolicy
 
 Device = Callable[[int], RazorKernels]
@@ -217,40 +217,19 @@ def test_slots(kernels_on: Device) -> None:
     check(kernels_on(MANY), LAYER, calls, store=store)
 
 
-def test_heavy_hitters(kernels_on: Device) -> None:
-    """Pieces end before, in and behind the rows of any number of them: as without pieces
-    (test_heavy_hitters.py)."""
-    sinks, batch, past, chunk = 3, 3, 210, 11
-    policy = RazorPolicy(sinks, 100, None, comp_tokens=2)
-    layer = LayerConfig(4, 2, 64, 260, policy, (1,), position="none", heavy_hitters=70)
-    used = torch.tensor([[70], [0], [58]], dtype=torch.int32)
-    torch.manual_seed(0)
-    prompt = torch.randn(batch, past, layer.qkv_width).half()
-    question = torch.randn(batch, chunk, layer.qkv_width).half()
-    rows = torch.randn(2, batch, 70, layer.head_dim).half()
-
-    def run(kernels: RazorKernels) -> torch.Tensor:
-        caches = Caches.empty(layer, batch, "cpu")
-        assert isinstance(caches.local, ContiguousView)
-        for b in range(batch):
-            part = slice(sinks, sinks + int(used[b]))
-            for cached, new in zip((caches.local.k, caches.local.v), rows, strict=True):
-                cached[b, 0, sinks : sinks + 70] = torch.nan
-                cached[b, 0, part] = new[b, : int(used[b])]
-        for n, qkv in ((0, prompt), (past, question)):
-            out = kernels.attention(
-                layer,
-                qkv,
-                caches,
-                past=torch.full((batch,), n, dtype=torch.int32),
-                chunk=torch.full((batch,), qkv.shape[1], dtype=torch.int32),
-                num_heavy_hitters=used if n else None,
-            )
-        return out.unflatten(2, (4, -1)).float()
-
-    whole, cut = run(kernels_on(1)), run(kernels_on(MANY))
-    assert not torch.equal(whole, cut), "not cut"
-    assert bool(((cut - whole).norm(dim=-1) < 1e-3 * whole.norm(dim=-1)).all())
+@pytest.mark.parametrize("m", [0, 3])
+def test_heavy_hitters(kernels_on: Device, m: int) -> None:
+    """Pieces end before, in and behind the rows of heavy hitters, which are full in one sequence, in part
+    used in another, and unused in the third."""
+    policy = RazorPolicy(3, 100, None, comp_tokens=m, heavy_hitters=70)
+    layer = replace(LAYER, policy=policy)
+    assert [policy.heavy(n) for n in (290, 30, 170)] == [70, 0, 67]
+    calls = [
+        prompts(290, 30, 170),
+        Call(contexts=[(2, 11), (1, 8), (0, 40)], packed=True),
+        Call(contexts=[(0, 8), (2, 16)], generations=[(1, 1)], packed=True),
+    ]
+    check(kernels_on(MANY), layer, calls)
 
 
 # Which way ----------------------------------------------------------------------------------------

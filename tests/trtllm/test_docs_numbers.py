@@ -69,10 +69,13 @@ def test_numbers_in_the_text() -> None:
         plan_of("qwen-7b", policy=fits, kv_dtype=kv_dtype)
         with pytest.raises(UsageError, match=f"at most {most} fit"):
             plan_of("qwen-7b", policy=fits.with_(comp_tokens=most + 1), kv_dtype=kv_dtype)
-    with pytest.raises(UsageError, match="comp_tokens"):
+    with pytest.raises(UsageError, match=r"heavy_hitters: 64: .*--heavy-hitters 0"):
         plan_of("qwen-7b", policy=PRESETS["tight"])
-    assert "`--tokens-per-block 128`" in PROSE
-    plan_of("qwen-7b", policy=PRESETS["tight"], tokens_per_block=128)
+    tight = PRESETS["tight"].with_(heavy_hitters=0)
+    with pytest.raises(UsageError, match="comp_tokens"):
+        plan_of("qwen-7b", policy=tight)
+    assert "`--tokens-per-block 64`" in PROSE
+    plan_of("qwen-7b", policy=tight, tokens_per_block=64)
     assert f"{plan_of('qwen-7b').bubble} rows with the defaults" in PROSE
     reserved = 16 * plan_of("qwen-72b", 8, version="1.2.1").slot_bytes()
     assert f"reserve {reserved / 1e9:.1f} GB of each GPU" in PROSE

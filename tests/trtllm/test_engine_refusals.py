@@ -79,6 +79,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "comp_tokens: 2 with ALiBi.*--comp-tokens 1",
     ),
+    "heavy hitters": (
+        {"policy": POLICY.with_(heavy_hitters=8)},
+        "heavy_hitters: 8: .* no rows for them.*--heavy-hitters 0",
+    ),
 }
 REFUSED_SLOTS: dict[str, tuple[dict[str, Any], str]] = {
     "cyclic": (

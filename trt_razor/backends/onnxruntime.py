@@ -115,6 +115,7 @@ class OrtSession:
                 array.fill(-np.inf)
         # Rows of a slot from here on are as they were at the start, time by time or all of a ring.
         self._written = [0] * num_slots
+        self._reserved = {t.name: t.reserved for t in caches}
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def _check_caches(self, graph: Path, caches: Sequence[CacheTensor]) -> None:
@@ -143,7 +144,9 @@ class OrtSession:
         end, self._written[slot] = self._written[slot], 0
         for name, array in self._caches.items():
             if name.startswith(("full_", "local_")):
-                array[slot, :, :end] = 0  # clearing tens of megabytes would hold the others up
+                array[slot, :, : end + self._reserved[name]] = (
+                    0  # clearing tens of megabytes would hold the others up
+                )
             else:
                 array[slot] = -np.inf if name.startswith("comp_log_weight") else 0
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import helper
 
-from trt_razor.graph.nodes import Nodes
+from trt_razor.graph.clusters import Clusters
+from trt_razor.graph.heavy import HeavyRows
+from trt_razor.graph.nodes import MASKED, Nodes
 
 if TYPE_CHECKING:
     from trt_razor.graph.operator import RazorAttention
-
-MASKED = -1e30
-"""Added to the logit of a row that must not be seen; finite, so that no arithmetic makes NaN."""
-
-LLOYD_ROUNDS = 4
 
 
 class OperatorBody:
@@ -32,6 +27,7 @@ class OperatorBody:
         self.g = cfg.num_heads // cfg.num_kv_heads
         p = cfg.policy
         self.n0 = p.sink_tokens
+        self.heavy, self.kept = p.heavy_hitters, p.kept_rows
         self.ring = p.ring_rows(cfg.max_seq_len)
         self.rows_cap = p.local_rows(cfg.max_seq_len)
 
@@ -51,11 +47,11 @@ class OperatorBody:
         x = n.reshape("qkv", 0, 0, hq + 2 * hkv, d)
         if cfg.position == "rope":
             qk, v = n.split(x, [hq + hkv, hkv], axis=2)
-            q, k = n.split(self._rotate(self._float32(qk)), [hq, hkv], axis=2)
+            q, k = n.split(self._rotate(self.float32(qk)), [hq, hkv], axis=2)
             k = self._model_dtype(k)
         else:
             q, k, v = n.split(x, [hq, hkv, hkv], axis=2)
-            q = self._float32(q)
+            q = self.float32(q)
         # Scaled before the product with the keys: q·k alone can pass the end of float16, 65504.
         q = self._model_dtype(n.mul(q, n.f32(d**-0.5)))
         q, k, v = (n.transpose(t, 0, 2, 1, 3) for t in (q, k, v))  # [B, H, S, D]
@@ -86,7 +82,7 @@ class OperatorBody:
             n.sub(n.mul(a, cos), n.mul(b, sin)), n.add(n.mul(b, cos), n.mul(a, sin)), axis=3
         )
 
-    def _float32(self, x: str) -> str:
+    def float32(self, x: str) -> str:
         return self.n.cast(x, "float32") if self.half else x
 
     def _model_dtype(self, x: str) -> str:
@@ -98,10 +94,13 @@ class OperatorBody:
             return x
         return self.n.op("Gather", x, self.n.i64s(heads), axis=1)
 
-    def _index3(self, heads: int, rows: str) -> str:
-        """(b, h, rows[b, s]) for GatherND and ScatterND on [B, H, rows, D]: [B, H, S, 3]."""
+    def index3(self, heads: int, rows: str, length: str = "") -> str:
+        """(b, h, rows[b, s]) for GatherND and ScatterND on [B, H, rows, D]: [B, H, S, 3].
+
+        ``length``: a [1] tensor, rows per head if not S.
+        """
         n = self.n
-        shape = n.shape_of(self.batch, heads, self.seq)
+        shape = n.shape_of(self.batch, heads, length or self.seq)
         parts = (
             n.unsqueeze(n.arange(self.batch), 1, 2),
             n.const(np.arange(heads, dtype=np.int64)[None, :, None]),
@@ -111,7 +110,7 @@ class OperatorBody:
 
     def _scores(self, q: str, k: str, heads: int) -> str:
         """Logits of scaled queries, float32 [B, H, g, S, rows]."""
-        s = self._float32(self.n.transposed_matmul(q, k, 4))
+        s = self.float32(self.n.transposed_matmul(q, k, 4))
         return self.n.reshape(s, self.batch, heads, self.g, self.seq, -1)
 
     def _weighted(self, weights: str, v: str, heads: int) -> str:
@@ -123,7 +122,7 @@ class OperatorBody:
     def _finish(self, out: str, heads: int) -> str:
         return self.n.reshape(out, self.batch, heads, self.g, self.seq, self.cfg.head_dim)
 
-    def _mask(self, visible: str) -> str:
+    def mask(self, visible: str) -> str:
         """0 where visible, MASKED elsewhere."""
         n = self.n
         return n.op("Where", visible, n.f32(0.0), n.f32(MASKED))
@@ -146,8 +145,8 @@ class OperatorBody:
     def _retrieval(self, q: str, k: str, v: str) -> str:
         n, heads = self.n, self.cfg.retrieval_heads
         r = len(heads)
-        take = self._index3(r, self.source)
-        put = self._index3(r, n.op("Min", self.time, n.i64(self.cfg.max_seq_len - 1)))
+        take = self.index3(r, self.source)
+        put = self.index3(r, n.op("Min", self.time, n.i64(self.cfg.max_seq_len - 1)))
         end = n.op("Min", n.add(n.dim("past_span", 0), self.seq), n.i64s([self.cfg.max_seq_len]))
         rows = []
         for name, new in (("full_k", k), ("full_v", v)):
@@ -156,7 +155,7 @@ class OperatorBody:
             rows.append(n.slice(full, n.i64s([0]), end, axis=2))
         pos = n.unsqueeze(n.arange(end), 0, 1)  # [1, 1, rows]
         visible = n.op("LessOrEqual", pos, n.unsqueeze(self.time, 2))  # [B, S, rows]
-        mask = n.unsqueeze(self._mask(visible), 1, 2)
+        mask = n.unsqueeze(self.mask(visible), 1, 2)
         scores = self._bias(self._scores(q, rows[0], r), mask, heads, pos)
         weights = n.op("Softmax", scores, axis=-1)
         return self._finish(self._weighted(weights, rows[1], r), r)
@@ -178,25 +177,32 @@ class OperatorBody:
         self.d1 = self._dropped(n.add(self.past, self.chunk))
 
         # The rows in use: a prefix of [kept | ring], bounded by the longest row of the batch.
-        end = n.op("Min", n.dim("past_span", 0), n.i64s([self.rows_cap]))
+        span = n.dim("past_span", 0)
+        if self.heavy:  # the ring starts behind the rows of heavy hitters, in use or not
+            span = n.add(span, n.i64s([self.heavy]))
+            self.h0, self.h1 = (n.op("Min", d, n.i64(self.heavy)) for d in (self.d0, self.d1))
+        end = n.op("Min", span, n.i64s([self.rows_cap]))
         old_k = n.slice("local_k", n.i64s([0]), end, axis=2)
         old_v = n.slice("local_v", n.i64s([0]), end, axis=2)
         row = n.unsqueeze(n.arange(end), 0)  # [1, rows]
         # Ring row r last held position past − 1 − age, age = (past − 1 − N0 − r) mod W_cap; it is in
         # the window if that is among the last past − N0 − D tokens.
-        lag = n.sub(n.sub(self.past, n.i64(1)), row)  # past − 1 − N0 − ring index
+        in_order = n.sub(row, n.i64(self.heavy)) if self.heavy else row
+        lag = n.sub(n.sub(self.past, n.i64(1)), in_order)  # past − 1 − N0 − ring index
         age = n.mod(lag, n.i64(self.ring))
         live = n.sub(n.sub(self.past, n.i64(self.n0)), self.d0)
         in_ring = n.op("And", n.op("GreaterOrEqual", lag, n.i64(0)), n.op("Less", age, live))
-        is_sink = n.op("Less", row, n.i64(self.n0))
-        valid = n.select(is_sink, n.op("Less", row, self.past), in_ring)  # [B, rows]
-        pos = n.op("Where", is_sink, row, n.sub(n.sub(self.past, n.i64(1)), age))
+        is_kept, used = n.op("Less", row, n.i64(self.kept)), self.past
+        if self.heavy:  # sinks, then the heavy hitters there are; there are none while past < N0
+            used = n.op("Min", used, n.add(self.h0, n.i64(self.n0)))
+        valid = n.select(is_kept, n.op("Less", row, used), in_ring)  # [B, rows]
+        pos = n.op("Where", is_kept, row, n.sub(n.sub(self.past, n.i64(1)), age))
 
-        old_mask = n.unsqueeze(self._mask(valid), 1, 2, 3)  # [B, 1, 1, 1, rows]
+        old_mask = n.unsqueeze(self.mask(valid), 1, 2, 3)  # [B, 1, 1, 1, rows]
         parts = [self._bias(self._scores(q, old_k, lh), old_mask, heads, n.unsqueeze(pos, 1))]
         if cfg.has_comp:
             self._read_comp()
-            s = n.transposed_matmul(self._float32(q), self.comp_k, 4)
+            s = n.transposed_matmul(self.float32(q), self.comp_k, 4)
             s = n.reshape(s, self.batch, lh, self.g, self.seq, -1)
             log_weight = n.unsqueeze(self.log_weight, 2, 3)
             middle = n.sub(n.cast(self.d0, "float32"), n.f32(1.0))
@@ -204,13 +210,20 @@ class OperatorBody:
             parts.append(self._bias(s, log_weight, heads, n.unsqueeze(middle, 1)))
         causal = n.op("LessOrEqual", self.index, n.op("Transpose", self.index))  # [S, S]
         new_pos = n.unsqueeze(n.add(self.past, self.index), 1)
-        parts.append(self._bias(self._scores(q, k, lh), self._mask(causal), heads, new_pos))
+        parts.append(self._bias(self._scores(q, k, lh), self.mask(causal), heads, new_pos))
 
         weights = n.op("Softmax", n.concat(*parts, axis=4), axis=-1)
         values = [old_v, v]
         if cfg.has_comp:
             values.insert(1, self._model_dtype(self.comp_v))
-            self._fold(k, v, old_k, old_v, end)
+        if cfg.has_comp or self.heavy:
+            lost_k, lost_v = self._leaving(k, v, old_k, old_v, end)
+            if self.heavy:
+                lost_k, lost_v, self.moved = HeavyRows(self).update(
+                    q, k, v, old_k, old_v, lost_k, lost_v, end
+                )
+            if cfg.has_comp:
+                self._fold(lost_k, lost_v)
         out = self._weighted(weights, n.concat(*values, axis=2), lh)
         self._update_local(k, v, old_k, old_v)
         return self._finish(out, lh)
@@ -233,13 +246,23 @@ class OperatorBody:
         survives = n.op("And", survives, n.op("Less", self.index, self.chunk))
         source = n.op("Where", survives, self.index, self.last)  # [B, S]
         pos = n.add(self.past, source)
-        ring_row = n.add(n.mod(n.op("Max", n.sub(pos, n0), n.i64(0)), n.i64(self.ring)), n0)
-        row = n.op("Where", n.op("Less", pos, n0), pos, ring_row)
-        take, put = self._index3(lh, source), self._index3(lh, row)
-        for name, new, old in (("local_k", k, old_k), ("local_v", v, old_v)):
+        row = self.row_of(pos)
+        take, put = self.index3(lh, source), self.index3(lh, row)
+        if self.heavy:
+            put = n.concat(put, self.moved.index, axis=2)
+        for i, (name, new, old) in enumerate((("local_k", k, old_k), ("local_v", v, old_v))):
             update = n.op("GatherND", new, take)
+            if self.heavy:
+                update = n.concat(update, self.moved.rows[i], axis=2)
             update = n.reshape(update, n.dim(old, 0), lh, -1, self.cfg.head_dim)
             n.op("ScatterND", name, put, update, out=f"{name}_out")
+
+    def row_of(self, pos: str) -> str:
+        """Row of a kept position: sinks in front, the window in the ring."""
+        n = self.n
+        n0, kept = n.i64(self.n0), n.i64(self.kept)
+        ring_row = n.add(n.mod(n.op("Max", n.sub(pos, n0), n.i64(0)), n.i64(self.ring)), kept)
+        return n.op("Where", n.op("Less", pos, n0), pos, ring_row)
 
     # Compensation -------------------------------------------------------------------------------
     def _read_comp(self) -> None:
@@ -250,31 +273,46 @@ class OperatorBody:
         pair = n.concat("comp_log_weight", "comp_count", axis=2)
         self.log_weight, self.count = n.split(pair, [m, m], axis=2)
 
-    def _fold(self, k: str, v: str, old_k: str, old_v: str, end: str) -> None:
-        """Fold positions N0 + D(t0) .. N0 + D(t1) − 1 into the M cluster means."""
-        n, cfg, lh = self.n, self.cfg, len(self.cfg.local_heads)
-        d, m = cfg.head_dim, cfg.policy.comp_tokens
+    def _leaving(self, k: str, v: str, old_k: str, old_v: str, end: str) -> tuple[str, str]:
+        """Keys and values of positions N0 + D(t0) .. N0 + D(t1) − 1, F of S rows in use.
+
+        [B, Lh, S, D] each. ``self.live`` marks those that are folded: all, or with heavy hitters
+        those behind the first h1 − h0, which is how many more rows there are for these.
+        """
+        n, lh = self.n, len(self.cfg.local_heads)
         folded = n.sub(self.d1, self.d0)  # F [B, 1], at most S
+        self.first, self.folded = "", folded
         pos = n.add(n.add(self.d0, n.i64(self.n0)), self.index)  # [B, S] candidates
-        live = n.op("Less", self.index, folded)  # [B, S]
+        self.live = n.op("Less", self.index, folded)  # [B, S]
+        if self.heavy:
+            self.dropped, self.first = folded, n.sub(self.h1, self.h0)  # [B, 1]
+            self.folded = n.sub(folded, self.first)
+            moves_on = n.op("GreaterOrEqual", self.index, self.first)
+            self.live = n.op("And", self.live, moves_on)
         ring_row = n.mod(n.sub(pos, n.i64(self.n0)), n.i64(self.ring))
-        old_row = n.op("Min", n.add(ring_row, n.i64(self.n0)), n.sub(n.scalar(end), n.i64(1)))
+        old_row = n.op("Min", n.add(ring_row, n.i64(self.kept)), n.sub(n.scalar(end), n.i64(1)))
         new_row = n.op("Max", n.sub(pos, self.past), n.i64(0))
         new_row = n.op("Min", new_row, n.sub(n.scalar(self.seq), n.i64(1)))
-        from_old, from_new = self._index3(lh, old_row), self._index3(lh, new_row)
+        from_old, from_new = self.index3(lh, old_row), self.index3(lh, new_row)
         is_old = n.unsqueeze(n.op("Less", pos, self.past), 1, 3)  # [B, 1, S, 1]
         keys, values = (
             n.op("Where", is_old, n.op("GatherND", old, from_old), n.op("GatherND", new, from_new))
             for old, new in ((old_k, k), (old_v, v))
         )  # [B, Lh, S, D]
-        keys, values = self._float32(keys), self._float32(values)
+        return keys, values
 
-        live4 = n.unsqueeze(live, 1, 3)  # [B, 1, S, 1]
+    def _fold(self, keys: str, values: str) -> None:
+        """Fold the tokens that ``self.live`` marks into the M cluster means."""
+        n, cfg, lh = self.n, self.cfg, len(self.cfg.local_heads)
+        d, m = cfg.head_dim, cfg.policy.comp_tokens
+        keys, values = self.float32(keys), self.float32(values)
+
+        live4 = n.unsqueeze(self.live, 1, 3)  # [B, 1, S, 1]
         if m == 1:
             ones = n.op("Expand", n.cast(live4, "float32"), n.shape_of(self.batch, lh, self.seq, 1))
             assign = ones
         else:
-            assign = n.cast(n.op("And", self._assign(keys, folded, live4), live4), "float32")
+            assign = n.cast(n.op("And", Clusters(self).assign(keys, live4), live4), "float32")
 
         both = n.concat(keys, values, axis=3)  # [B, Lh, S, 2D]
         sums = n.op("MatMul", n.transpose(assign, 0, 1, 3, 2), both)  # [B, Lh, M, 2D]
@@ -286,88 +324,3 @@ class OperatorBody:
         delta = n.div(delta, n.unsqueeze(n.op("Max", count, n.f32(1.0)), 3))
         n.reshape(n.add(mean, delta), self.batch, lh, m, 2, d, out="comp_out")
         n.op("Log", count, out="comp_log_weight_out")
-
-    def _assign(self, keys: str, folded: str, live4: str) -> str:
-        """Which cluster each candidate joins: bool [B, Lh, S, M] (rows beyond F undefined)."""
-        n, lh, m = self.n, len(self.cfg.local_heads), self.cfg.policy.comp_tokens
-        clusters = n.const(np.arange(m, dtype=np.int64))
-        # A later fold: the first min(U, F) keys open the unused clusters in order, every other key
-        # joins the nearest cluster that was in use before the fold.
-        unused = n.op("Less", self.count, n.f32(0.5))  # [B, Lh, M]
-        unused_f = n.cast(unused, "float32")
-        before = n.const(np.triu(np.ones((m, m), np.float32), 1))
-        rank = n.cast(n.op("MatMul", unused_f, before), "int64")  # unused clusters before this one
-        token = n.unsqueeze(self.index, 1, 3)  # [1, 1, S, 1]
-        opens = n.op("And", n.op("Equal", n.unsqueeze(rank, 2), token), n.unsqueeze(unused, 2))
-        num_unused = n.unsqueeze(n.cast(n.sum(unused_f, 2, keepdims=1), "int64"), 2)
-        penalty = n.unsqueeze(n.mul(unused_f, n.f32(-MASKED)), 2)
-        nearest = self._nearest(keys, self.comp_k, penalty, clusters)
-        later = n.select(n.op("Less", token, num_unused), opens, nearest)
-
-        # The first fold of a sequence (nothing dropped before): Lloyd's algorithm. It is rare, so it
-        # runs under a condition.
-        seeding = n.op(
-            "And",
-            n.op("Equal", self.d0, n.i64(0)),
-            n.op("Greater", folded, n.i64(0)),
-        )  # [B, 1]
-        any_seed = n.op(
-            "Greater",
-            n.op("ReduceMax", n.cast(seeding, "int64"), n.i64s([0, 1]), keepdims=0),
-            n.i64(0),
-        )
-        outer, self.n = n, Nodes(f"{n.prefix}seed_")
-        seeded = self._lloyd(keys, folded, live4, lh, m)
-        then_nodes, self.n = self.n.list, outer
-        idle = Nodes(f"{n.prefix}noseed_")
-        no = idle.op("Identity", later)
-        bool_type = onnx.TensorProto.BOOL
-        seed = n.op(
-            "If",
-            any_seed,
-            then_branch=helper.make_graph(
-                then_nodes, "seed", [], [helper.make_tensor_value_info(seeded, bool_type, None)]
-            ),
-            else_branch=helper.make_graph(
-                idle.list, "keep", [], [helper.make_tensor_value_info(no, bool_type, None)]
-            ),
-        )
-        return n.select(n.unsqueeze(seeding, 2, 3), seed, later)
-
-    def _nearest(self, keys: str, centroids: str, penalty: str, clusters: str) -> str:
-        """One-hot of the nearest centroid, ties to the lower index: bool [B, Lh, S, M]."""
-        n = self.n
-        norm = n.unsqueeze(n.sum(n.mul(centroids, centroids), 3), 2)  # [B, Lh, 1, M]
-        cross = n.transposed_matmul(keys, centroids, 4)
-        distance = n.add(n.sub(norm, n.mul(cross, n.f32(2.0))), penalty)  # + |k|², dropped
-        return n.op("Equal", n.op("ArgMin", distance, axis=3, keepdims=1), clusters)
-
-    def _lloyd(self, keys: str, folded: str, live4: str, lh: int, m: int) -> str:
-        """Seeds at floor((i + 1/2) F / M'), then 4 Lloyd rounds; the last assignment."""
-        n = self.n
-        clusters = n.const(np.arange(m, dtype=np.int64))
-        odd = n.const(2 * np.arange(m, dtype=np.int64)[None] + 1)  # 2 i + 1
-        used = n.op("Max", n.op("Min", folded, n.i64(m)), n.i64(1))  # M' [B, 1]
-        seed = n.div(n.mul(odd, folded), n.mul(used, n.i64(2)))  # [B, M]
-        seed = n.op("Min", seed, n.sub(n.scalar(self.seq), n.i64(1)))
-        spare = n.op("GreaterOrEqual", clusters, used)  # [B, M]
-        penalty = n.mul(n.unsqueeze(n.cast(spare, "float32"), 1, 2), n.f32(-MASKED))
-        shape = n.shape_of(self.batch, lh, m)
-        parts = (
-            n.unsqueeze(n.arange(self.batch), 1, 2),
-            n.const(np.arange(lh, dtype=np.int64)[None, :, None]),
-            n.unsqueeze(seed, 1),
-        )
-        index = n.concat(*(n.unsqueeze(n.op("Expand", p, shape), 3) for p in parts), axis=3)
-        centroids = n.op("GatherND", keys, index)  # [B, Lh, M, D]
-        assign = ""
-        for round_ in range(LLOYD_ROUNDS):
-            assign = n.op("And", self._nearest(keys, centroids, penalty, clusters), live4)
-            if round_ + 1 == LLOYD_ROUNDS:
-                break  # the caller takes the means of this assignment
-            ones = n.cast(assign, "float32")
-            size = n.unsqueeze(n.sum(ones, 2), 3)  # [B, Lh, M, 1]
-            total = n.op("MatMul", n.transpose(ones, 0, 1, 3, 2), keys)
-            mean = n.div(total, n.op("Max", size, n.f32(1.0)))
-            centroids = n.op("Where", n.op("Greater", size, n.f32(0.5)), mean, centroids)
-        return assign

@@ -11,6 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 21
 IR_VERSION = 10  # the first with function overloads
 
+MASKED = -1e30
+"""Added to the logit of a row that must not be seen; finite, so that no arithmetic makes NaN."""
+
 DTYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -47,6 +50,13 @@ class Nodes:
             helper.make_node(op_type, list(inputs), [result], name=name, domain=domain, **attrs)
         )
         return result
+
+    def multi(self, op_type: str, inputs: list[str], count: int, **attrs: Any) -> list[str]:
+        """One node with several outputs."""
+        name = self.fresh(op_type)
+        outs = [f"{name}_{i}" for i in range(count)]
+        self.list.append(helper.make_node(op_type, inputs, outs, name=name, **attrs))
+        return outs
 
     def split(self, x: str, sizes: list[int], axis: int) -> list[str]:
         name = self.fresh("Split")
@@ -151,6 +161,11 @@ class Nodes:
 
     def sum(self, x: str, axis: int, keepdims: int = 0) -> str:
         return self.op("ReduceSum", x, self.i64s([axis]), keepdims=keepdims)
+
+    def topk(self, x: str, k: int, largest: int = 1) -> tuple[str, str]:
+        """The k highest or lowest of the last axis in order, ties to the lower index: values, indices."""
+        values, indices = self.multi("TopK", [x, self.i64s([k])], 2, axis=-1, largest=largest)
+        return values, indices
 
     def mod(self, a: str, divisor: str) -> str:
         """a mod divisor for a >= 0 (integer division exists everywhere; Mod does not)."""

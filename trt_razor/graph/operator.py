@@ -26,6 +26,9 @@ Outputs: ``out`` [B, S, Hq D], then the caches in the same order, updated. An ex
 output the memory of its input (updated in place): every read of an old cache happens before its
 write, by data dependence and not by luck (``OperatorBody._update_local``, ``._read_comp``).
 
+With n tokens cached, rows N0 .. N0 + h(n) − 1 of local_k and local_v hold heavy hitters
+(graph/heavy.py); H = 0 has no node of that.
+
 A row with ``chunk = 0`` changes nothing that is valid, provided ``past < N_max``. Unused rows of a
 cache must hold finite numbers.
 """

@@ -66,6 +66,11 @@ class GraphOptions:
                     f"comp_tokens: {self.policy.comp_tokens} with ALiBi ({spec.name}): only 0 or 1 "
                     f"is defined there, because a cluster has no position; use --comp-tokens 1"
                 )
+            if spec.position == "alibi" and self.policy.heavy_hitters:
+                raise UsageError(
+                    f"heavy_hitters: {self.policy.heavy_hitters} with ALiBi ({spec.name}): their "
+                    f"rows carry no position; use --heavy-hitters 0"
+                )
 
 
 def weight_bytes(spec: ModelSpec, dtype: str) -> int:

@@ -71,7 +71,6 @@ class RazorKernels:
         alibi_slopes: Tensor | None = None,
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
-        num_heavy_hitters: Tensor | None = None,
         out: Tensor | None = None,
         workspace: Tensor | None = None,
         stream: int | None = None,
@@ -96,8 +95,6 @@ class RazorKernels:
             cos_sin: float32 [positions, rotary_dim], for RoPE.
             alibi_slopes: float32 [Hq], for ALiBi.
             k_scale, v_scale: float32, one element, for FP8 caches; 1 unless given.
-            num_heavy_hitters: int32 [slots, Lh], rows in use of the layer's heavy_hitters; none
-                unless given.
             out: [B, S, Hq D] or [rows, Hq D] of qkv's dtype; made unless given.
             workspace: uint8, ``workspace_size`` bytes, on a multiple of 256 bytes; made unless given.
             stream: a cudaStream_t; torch's current stream unless given.
@@ -163,11 +160,6 @@ class RazorKernels:
                 check(name, scale, device, "float32", (1,) * scale.dim())
                 setattr(call, name, scale.data_ptr())
         caches.fill(call, layer, batch, device)
-        if num_heavy_hitters is not None:
-            check(
-                "num_heavy_hitters", num_heavy_hitters, device, "int32", ("slots", layer.num_local)
-            )
-            call.num_heavy_hitters = num_heavy_hitters.data_ptr()
 
         made: list[Tensor] = []
         shape = (*qkv.shape[:-1], layer.out_width)

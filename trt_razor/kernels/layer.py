@@ -46,8 +46,6 @@ class LayerConfig:
         rope_table: a row of cos_sin is [cos | sin] ("split") or (cos, sin) pairs ("pairs").
         rotary_dim: leading elements that RoPE turns; head_dim unless given.
         scale: of the logits, 1/√D unless given.
-        heavy_hitters: H, rows behind the sinks of local heads that hold dropped tokens; whoever
-            chooses them writes them, the kernels attend them. 0 with ALiBi.
         ring_rows, local_ring_offset, full_ring_offset: where rows are (razor.h); the layout of
             docs/semantics.md unless given.
 
@@ -68,7 +66,6 @@ class LayerConfig:
     rope_table: str = "split"
     rotary_dim: int | None = None
     scale: float | None = None
-    heavy_hitters: int = 0
     ring_rows: int | None = None
     local_ring_offset: int | None = None
     full_ring_offset: int | None = None
@@ -194,7 +191,7 @@ class LayerConfig:
         out.scale = scale or 0.0
         kept = rows = sinks = 0
         if self.policy:
-            sinks, kept = self.policy.sink_tokens, self.policy.sink_tokens + self.heavy_hitters
+            sinks, kept = self.policy.sink_tokens, self.policy.kept_rows
             rows = self.policy.ring_rows(self.max_seq_len)
             structs.fill(
                 out,
@@ -202,7 +199,7 @@ class LayerConfig:
                 min_window=self.policy.min_window,
                 compression=self.policy.compression or 0,
                 comp_tokens=self.policy.comp_tokens,
-                heavy_hitters=self.heavy_hitters,
+                heavy_hitters=self.policy.heavy_hitters,
             )
         structs.fill(
             out,

@@ -11,7 +11,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint32, c_vo
 
 from trt_razor.errors import UsageError
 
-API_VERSION = 1
+API_VERSION = 2
 
 # razor_status
 OK = 0
@@ -122,7 +122,6 @@ class RazorCall(Structure):
         ("full", RazorView),
         ("local", RazorView),
         ("comp", RazorComp),
-        ("num_heavy_hitters", c_void_p),
     ]
 
 

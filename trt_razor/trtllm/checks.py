@@ -109,6 +109,11 @@ def check_policy(
             f"max_seq_len: {max_seq_len} tokens all fit into sinks and window, so nothing would be "
             "compressed; raise --max-seq-len, lower --min-window, or build without --razor"
         )
+    if policy.heavy_hitters:
+        raise UsageError(
+            f"heavy_hitters: {policy.heavy_hitters}: the caches that TensorRT-LLM manages have no rows for "
+            "them; use --heavy-hitters 0, or --backend tensorrt or onnxruntime"
+        )
     if spec.position == "alibi" and policy.comp_tokens > 1:
         raise UsageError(
             f"comp_tokens: {policy.comp_tokens} with ALiBi ({spec.name}): only 0 or 1 is defined there; "

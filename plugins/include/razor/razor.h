@@ -12,7 +12,7 @@
  *     razor_attention(&layer, &call, workspace, bytes, stream);
  *
  * Symbols: B sequences of a call, Hq query heads, Hkv KV heads, g = Hq / Hkv, R retrieval heads, Lh = Hkv - R
- * local heads, D = head_dim, N0 sink tokens, M compensation tokens, n tokens of a sequence before
+ * local heads, D = head_dim, N0 sink tokens, M compensation tokens, H heavy hitters, n tokens of a sequence before
  * the call ("past"). Head order within a class: ascending KV head index.
  *
  * Memory: structs, and what they point to on the host (retrieval_heads), are read during the call only. Everything
@@ -52,10 +52,11 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes. */
-#define RAZOR_API_VERSION 1
+#define RAZOR_API_VERSION 2
 
 #define RAZOR_MAX_KV_HEADS 256
 #define RAZOR_MAX_COMP_TOKENS 256
+#define RAZOR_MAX_HEAVY_HITTERS 1024
 /* tokens_per_block of a paged view: a power of two in this range. */
 #define RAZOR_MIN_BLOCK_TOKENS 8
 #define RAZOR_MAX_BLOCK_TOKENS 1024
@@ -111,8 +112,9 @@ typedef struct razor_layer {
     int32_t min_window;     /* S0 >= 1 */
     int32_t compression;    /* C >= 1; 0 = fixed window of S0 */
     int32_t comp_tokens;    /* M, 0 .. RAZOR_MAX_COMP_TOKENS; 0 or 1 with ALiBi */
-    /* H >= 0: rows N0 .. N0 + H - 1 of a local head are for dropped tokens that stay rows of their own. Whoever chooses
-     * them writes them; here they are only attended (num_heavy_hitters). 0 with ALiBi: they carry no position. */
+    /* H, 0 .. RAZOR_MAX_HEAVY_HITTERS: dropped tokens that stay rows of their own, in the rows N0 .. N0 + H - 1 of a local
+     * head, chosen at the end of a chunk by the attention of its last queries (docs/semantics.md, "Heavy hitters"). A
+     * sequence has min(H, dropped tokens) of them. 0 with ALiBi: they carry no position. */
     int32_t heavy_hitters;
     /* Rows of a local head's ring, at least razor_ring_rows(); position p >= N0 of the window is in row
      * local_ring_offset + (p - N0) mod ring_rows, a sink p < N0 in row p. */
@@ -167,7 +169,7 @@ typedef struct razor_view {
 typedef enum razor_comp_kind {
     RAZOR_COMP_NONE = 0,       /* M = 0, or no local heads */
     RAZOR_COMP_CONTIGUOUS = 1,
-    RAZOR_COMP_IN_BUBBLE = 2   /* in the unused rows between sinks and ring of a paged local view */
+    RAZOR_COMP_IN_BUBBLE = 2   /* in the unused rows before the ring of a paged local view */
 } razor_comp_kind;
 
 /*
@@ -177,9 +179,9 @@ typedef enum razor_comp_kind {
  * value D elements later; count and log-weight at + slot(b) * weight_slot_stride + h * M + m. Strides are not read with
  * B = 1 and no slots.
  *
- * IN_BUBBLE: M mean keys from row N0 of the local view's key block on, then M counts, then M log-weights; M mean values
- * from row N0 of the value block on. All of it must fit in the rows N0 .. local_ring_offset - 1, inside one block. Not with
- * heavy hitters, whose rows these are.
+ * IN_BUBBLE: M mean keys from row N0 + H of the local view's key block on, then M counts, then M log-weights; M mean
+ * values from row N0 + H of the value block on. All of it must fit in the rows N0 + H .. local_ring_offset - 1, inside one
+ * block.
  *
  * The memory need not be initialised: a chunk that begins a sequence (past = 0) does that.
  */
@@ -242,9 +244,6 @@ typedef struct razor_call {
     const float *k_scale, *v_scale; /* device [1], FP8 caches: value = stored * scale; NULL = 1 */
     razor_view full, local;
     razor_comp comp;
-    /* device [slots, Lh], by local.slots as the rows are: heavy hitters in use, rows N0 .. N0 + this - 1; a number outside
-     * 0 .. H counts as the nearest inside. NULL = none */
-    const int32_t *num_heavy_hitters;
 } razor_call;
 
 #define RAZOR_CALL_INIT RAZOR_INIT_(razor_call)

@@ -1,11 +1,13 @@
 #include "policy.h"
 
+#include <algorithm>
+
 namespace razor::trt {
 
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-void read_common(FieldReader &fields, razor_layer &layer) {
+void read_common(FieldReader &fields, razor_layer &layer, int32_t max_heavy_hitters) {
     layer.num_heads = fields.integer("num_heads", 1, INT32_MAX);
     layer.num_kv_heads = fields.integer("num_kv_heads", 1, RAZOR_MAX_KV_HEADS);
     layer.head_dim = fields.integer("head_dim", 1, INT32_MAX);
@@ -14,13 +16,14 @@ void read_common(FieldReader &fields, razor_layer &layer) {
     layer.min_window = fields.integer("min_window", 1, INT32_MAX);
     layer.compression = fields.integer("compression", 0, INT32_MAX);
     layer.comp_tokens = fields.integer("comp_tokens", 0, RAZOR_MAX_COMP_TOKENS);
-    layer.heavy_hitters = fields.integer("heavy_hitters", 0, 0);
+    layer.heavy_hitters = fields.integer("heavy_hitters", 0, max_heavy_hitters);
     layer.scale = fields.positive("scale");
 }
 
 void check_heads_and_policy(const razor_layer &layer) {
     razor_layer probe = layer;
-    probe.local_ring_offset = probe.full_ring_offset = probe.sink_tokens;
+    probe.full_ring_offset = probe.sink_tokens;
+    probe.local_ring_offset = std::min(probe.sink_tokens, INT32_MAX - probe.heavy_hitters) + probe.heavy_hitters;
     probe.ring_rows = probe.max_seq_len; // enough for any window
     check(razor_check_layer(&probe));
 }

@@ -27,7 +27,7 @@ RazorAttentionPlugin::RazorAttentionPlugin(const char *layer, TensorRTPhase phas
 RazorAttentionPlugin::Settings RazorAttentionPlugin::read(TensorRTPhase phase, FieldReader &fields) {
     Settings s;
     if (phase == TensorRTPhase::kRUNTIME) check_plan_version(fields);
-    read_common(fields, s.layer);
+    read_common(fields, s.layer, RAZOR_MAX_HEAVY_HITTERS);
     const int32_t num_kv_heads = s.layer.num_kv_heads;
     if (phase == TensorRTPhase::kRUNTIME) {
         const std::vector<int32_t> mask = fields.integers("retrieval_mask", 0, 1);
@@ -51,13 +51,13 @@ RazorAttentionPlugin::Settings RazorAttentionPlugin::read(TensorRTPhase phase, F
     fields.finish();
 
     s.layer.num_retrieval = static_cast<int32_t>(s.retrieval_heads.size());
-    s.layer.local_ring_offset = s.layer.sink_tokens + s.layer.heavy_hitters;
-    s.layer.full_ring_offset = s.layer.sink_tokens;
     // These stand in until the tensors say which.
     s.layer.dtype = s.layer.cache_dtype = RAZOR_FP16;
     s.layer.position = RAZOR_ROPE_HALF;
     s.layer.rope_table = RAZOR_TABLE_SPLIT;
     check_heads_and_policy(s.layer);
+    s.layer.local_ring_offset = s.layer.sink_tokens + s.layer.heavy_hitters;
+    s.layer.full_ring_offset = s.layer.sink_tokens;
     s.layer.ring_rows = razor_ring_rows(&s.layer);
 
     s.inputs = {"qkv", "past", "chunk", "past_span", "cos_sin or alibi_slopes"};
@@ -132,6 +132,10 @@ void RazorAttentionPlugin::check_shapes(const Dims *const *inputs) const {
         if (m > 1 && local > 0) {
             throw Refused("field comp_tokens: expected 0 or 1 with alibi_slopes, found " + std::to_string(m) +
                           "; a cluster has no single position");
+        }
+        if (l.heavy_hitters > 0 && local > 0) {
+            throw Refused("field heavy_hitters: expected 0 with alibi_slopes, found " +
+                          std::to_string(l.heavy_hitters) + "; their rows carry no position");
         }
     } else {
         check_dims("cos_sin", *inputs[kPositions], {-1, d});

@@ -54,7 +54,7 @@ RazorGptAttentionPlugin::RazorGptAttentionPlugin(const char *layer, TensorRTPhas
 RazorGptAttentionPlugin::Settings RazorGptAttentionPlugin::read(TensorRTPhase phase, FieldReader &fields) {
     Settings s;
     if (phase == TensorRTPhase::kRUNTIME) check_plan_version(fields);
-    read_common(fields, s.layer);
+    read_common(fields, s.layer, 0); // the cache manager's layouts have no rows for heavy hitters
     razor_layer &l = s.layer;
     l.num_retrieval = fields.integer("num_retrieval", 0, l.num_kv_heads);
     l.position = static_cast<razor_position>(fields.integer("position", RAZOR_ROPE_HALF, RAZOR_NO_POSITION));

@@ -26,6 +26,8 @@ CASES = {
     "growing-window": replace(GROUPED, policy=RazorPolicy(4, 3, 3, 1), head_dim=128),
     "alibi": replace(GROUPED, position="alibi", head_dim=96, dtype=torch.bfloat16),
     "fp8": replace(GROUPED, fp8=True, group=8, dtype=torch.bfloat16),
+    "heavy-hitters": replace(GROUPED, policy=POLICY.with_(heavy_hitters=4, comp_tokens=2)),
+    "heavy-hitters-alone": replace(GROUPED, policy=POLICY.with_(heavy_hitters=9, comp_tokens=0)),
 }
 
 SCHEDULE = [
@@ -90,7 +92,7 @@ FIELDS = {
     "min_window": (0, "field min_window: expected an integer >= 1, found 0"),
     "compression": (-2, "field compression: expected an integer >= 0, found -2"),
     "comp_tokens": (257, "field comp_tokens: expected an integer in 0..256, found 257"),
-    "heavy_hitters": (4, "field heavy_hitters: expected 0, found 4"),
+    "heavy_hitters": (1025, "field heavy_hitters: expected an integer in 0..1024, found 1025"),
     "scale": (0.0, "field scale: expected a finite number > 0, found 0.000000"),
 }
 
@@ -247,6 +249,15 @@ def test_clusters_have_no_position(host: Host) -> None:
     inputs[4] = Tensor("float32", [layer.num_heads])
     assert driver.builder.output_shapes(inputs) is None
     assert "field comp_tokens: expected 0 or 1 with alibi_slopes, found 2" in driver.host.log()
+
+
+def test_heavy_hitters_have_no_position(host: Host) -> None:
+    layer = replace(GROUPED, policy=POLICY.with_(heavy_hitters=2))
+    driver = AttentionDriver(host, layer)
+    inputs = driver.tensors(3, 7, 20)
+    inputs[4] = Tensor("float32", [layer.num_heads])
+    assert driver.builder.output_shapes(inputs) is None
+    assert "field heavy_hitters: expected 0 with alibi_slopes, found 2" in driver.host.log()
 
 
 def test_caches_must_be_updated_in_place(host: Host) -> None:
