@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ def _agreement(args: argparse.Namespace) -> int:
         checkpoint=Path(args.model) if folder else None,
     )
     with Bars() as bars:
-        found = measure(options, bars)
+        found = measure(options, functools.partial(bars, "agreement"))
     out.print(found.markdown(), markup=False)
     if found.share >= AGREE:
         return 0

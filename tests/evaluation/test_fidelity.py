@@ -28,10 +28,10 @@ from trt_razor.reference.attention import CachedRows
 pytest.importorskip("transformers", reason="needs the extra [eval]")
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-LENGTH, CONTEXTS, NEEDLES, WINDOWS, FOLLOW = 1024, 4, 4, 2, 96
+LENGTH, CONTEXTS, NEEDLES, WINDOWS, FOLLOW = 1024, 4, 2, 4, 64
 CHUNK = 8
 """Continuations come in pieces: the ring turns, and tokens are folded while they come."""
-POLICY = {"min_window": 64, "compression": None, "comp_tokens": 16, "heavy_hitters": 32}
+POLICY = {"min_window": 64, "compression": None, "comp_tokens": 16, "heavy_hitters": 0}
 KEPT, KL = 0.75, 0.05
 
 
@@ -57,10 +57,13 @@ def runner(smollm2: Any) -> Iterator[Any]:
     from trt_razor.evaluation.runners.hf import HfRunner
     from trt_razor.reference.hf.load import load_model
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # chunks are short: threads would wait for each other
     loaded = load_model("smollm2-135m", torch.float32, "cpu")
     made = HfRunner(loaded.model, loaded.tokenizer, loaded.name)
     yield made
     made.close()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def figures(runner: Any, reads: list[Read], **options: Any) -> Figures:
             elif dense.scores[0]:
                 right[0] += 1
                 right[1] += int(asked.scores[0])
-    assert right[0] >= 8  # a dense model that finds nothing would prove nothing
+    assert right[0] >= 6  # a dense model that finds nothing would prove nothing
     return Figures(right[1] / right[0], float(np.mean(kl)))
 
 
@@ -145,13 +148,13 @@ def sinks_are_not_seen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalHeadsCache, "rows", rows)
 
 
-def ring_is_written_elsewhere(patch: pytest.MonkeyPatch) -> None:
+def ring_does_not_turn(patch: pytest.MonkeyPatch) -> None:
     intact = LocalHeadsCache.row_of
 
     def row_of(self: LocalHeadsCache, positions: torch.Tensor) -> torch.Tensor:
-        # New tokens go half a ring away from where they belong, over tokens of the window.
+        # All tokens after the context are written to one row, and looked for in their own.
         late = (positions >= LENGTH) & (positions >= self.n)
-        return intact(self, torch.where(late, positions + self.ring_rows // 2, positions))
+        return intact(self, torch.where(late, LENGTH, positions))
 
     patch.setattr(LocalHeadsCache, "row_of", row_of)
 
@@ -166,7 +169,7 @@ def lightest_instead_of_heaviest(patch: pytest.MonkeyPatch) -> None:
     [
         compensation_weighs_one_token,
         sinks_are_not_seen,
-        ring_is_written_elsewhere,
+        ring_does_not_turn,
         lightest_instead_of_heaviest,
     ],
 )

@@ -168,7 +168,9 @@ def test_heavy_hitters(chunks: list[int], comp_tokens: int, heavy_hitters: int) 
     check(policy, chunks, sum(chunks), num_kv=2, group=3, dim=8, retrieval=[0])
 
 
-@pytest.mark.parametrize("tokens, chunk, chooses", [(20, 16, True), (20, 15, False), (16, 4, False)])
+@pytest.mark.parametrize(
+    "tokens, chunk, chooses", [(20, 16, True), (20, 15, False), (16, 4, False)]
+)
 def test_when_heavy_hitters_are_chosen(tokens: int, chunk: int, chooses: bool) -> None:
     """The token that all queries look at is kept if the chunk is long enough, and only then."""
     policy = RazorPolicy(0, 4, None, 0, 2)

@@ -5,7 +5,7 @@
     tasks:
       - needle: {lengths: [1024, 2048]}
     methods:                       # ``dense`` always runs first
-      - razor: {preset: paper}
+      - razor: {policy: paper}
         label: paper
         trials: 20                 # only the first 20 samples of each group
 
