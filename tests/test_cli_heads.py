@@ -80,6 +80,40 @@ def test_effect_of_a_checkpoint_without_a_tokenizer(
     assert "mean_jaccard" in made.options["stability"]
 
 
+def test_greedy_choice_and_a_shorter_one(
+    capsys: Capture, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    output = tmp_path / "greedy.json"
+    argv = ["heads", "--checkpoint", tiny_model.folder, "--method", "greedy", "--no-plot"]
+    argv += ["--output", output]
+    chosen = [*argv, "--probe-length", 20, "--repeats", 2, "--effect-share", 0.75]
+    chosen += ["--greedy-start", 0.25, "--greedy-step", 1, "--greedy-contexts", 2]
+    chosen += ["--greedy-length", 120, "--min-window", 8, "--comp-tokens", 2]
+    chosen += ["--compression", "none", "--effect-answers", "random"]
+    assert run(*chosen) == 0
+    assert "3 of 4 KV heads retrieve (75.0%, greedy)" in capsys.readouterr().out
+    made = HeadMap.load(output)
+    told = made.options["greedy"]
+    assert told["policy"]["min_window"] == 8
+    assert [r["heads"] for r in told["rounds"]] == [1, 2, 3]
+    order = np.argsort(-np.array(made.scores["greedy"]).ravel())[:3]
+    joined = [2 * layer + head for r in told["rounds"] for layer, head, _ in r["added"]]
+    assert order.tolist()[1:] == joined
+
+    # A smaller share is the beginning of the same order.
+    assert run(*argv[:-2], "--from", output, "--effect-share", 0.5, "--output", output) == 0
+    again = HeadMap.load(output)
+    assert {2 * i + h for i, row in enumerate(again.retrieval_heads) for h in row} == set(order[:2])
+
+    capsys.readouterr()
+    assert run(*argv, "--from", output, "--greedy-step", 1) == 2
+    assert "--greedy-step: --from takes scores as they are" in capsys.readouterr().err
+    assert run(*chosen, "--greedy-wordings", "code") == 2
+    assert "--greedy-wordings: only for needles" in capsys.readouterr().err
+    assert run(*argv, "--greedy-wordings", "room") == 2
+    assert "wording 'room': held out for tests" in capsys.readouterr().err
+
+
 def test_comparing_two_maps(capsys: Capture, scored: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     dataclasses.replace(HeadMap.load(scored), retrieval_heads=((0, 1), (0, 1))).save(other)
@@ -105,6 +139,10 @@ def test_comparing_two_maps(capsys: Capture, scored: Path, tmp_path: Path) -> No
         (["--auto", "--preset", "paper"], "drop nothing of 2048 tokens"),
         (["--auto", "--method", "alibi-scope"], "alibi-scope has a window instead"),
         (["--effect-trials", 0], "effect trials: expected 1.."),
+        (["--greedy-step", 1], "--greedy-step: only with --method greedy"),
+        (["--method", "greedy", "--greedy-step", 0], "greedy step: expected 1.."),
+        (["--method", "greedy", "--preset", "paper"], "drop nothing of 2048 tokens"),
+        (["--method", "greedy", "--greedy-start", 0.2], "expected at most the share"),
         (["--method", "effct"], "invalid choice"),
     ],
 )

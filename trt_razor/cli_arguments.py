@@ -103,7 +103,10 @@ def heads_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-plot", action="store_true", help="no heat map")
     p.add_argument(
         "--method",
-        choices=("paper", "combined", "echo", "induction", "effect", "gradient", "alibi-scope"),
+        choices=(
+            *("paper", "combined", "echo", "induction", "effect", "gradient", "greedy"),
+            "alibi-scope",
+        ),
         help="default: paper (RoPE) or alibi-scope (ALiBi)",
     )
     for name, share, text in (

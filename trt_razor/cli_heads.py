@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trt_razor import cli_arguments as arguments
-from trt_razor import cli_heads_auto, cli_heads_import
+from trt_razor import cli_heads_auto, cli_heads_greedy, cli_heads_import
 from trt_razor.console import Bars, out, say
 from trt_razor.errors import MissingExtra, UsageError
 
@@ -22,6 +22,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     """The options of ``heads``, and ``import`` and ``compare`` behind them."""
     arguments.heads_arguments(parser)
     cli_heads_auto.add_arguments(parser)
+    cli_heads_greedy.add_arguments(parser)
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(
         dest="heads_command", metavar="import | compare", title="other sources", required=False
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         scope_share=args.scope_share,
         effect_share=args.effect_share,
         effect=cli_heads_auto.effect_options(args),
+        greedy=cli_heads_greedy.greedy_options(args),
     )
     auto = cli_heads_auto.auto_options(args)
     if importlib.util.find_spec("torch") is None:
@@ -96,12 +98,15 @@ def _scored(
         if args.method == SCOPE_METHOD:
             raise UsageError(f"--from: not for --method {SCOPE_METHOD}, whose scopes take seconds")
         cli_heads_auto.refuse_probe_options(args)
+        cli_heads_greedy.refuse_options(args, "--from takes scores as they are")
         scored = HeadMap.load(args.from_map)
         spec = checkpoint.spec
         scored.check_model(spec.fingerprint(), spec.name, str(args.from_map))
         return choose_again(scored, options.selection)
     source = None
-    if options.method in MEASURED:
+    if options.method == "greedy":
+        source = cli_heads_greedy.answer_source(args, checkpoint, options)
+    elif options.method in MEASURED:
         source = cli_heads_auto.answer_source(args, checkpoint, options)
     found = examine_heads(checkpoint, options, bars, source)
     for warning in found.warnings:

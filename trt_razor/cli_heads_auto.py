@@ -37,13 +37,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="choose anew from the scores of this head map, measure nothing",
     )
     p.add_argument("--by-layer", action="store_true", help="print how many heads each layer has")
-    g = p.add_argument_group("measured effect (--method effect or gradient)")
+    g = p.add_argument_group("measured effect (--method effect, gradient or greedy)")
     g.add_argument(
         "--effect-share",
         type=float,
         default=0.15,
         metavar="X",
-        help="top share of all KV heads by effect (default 0.15)",
+        help="top share of all KV heads by effect, or greedily (default 0.15)",
     )
     g.add_argument(
         "--effect-answers",
@@ -159,7 +159,9 @@ def auto_options(args: argparse.Namespace) -> AutoOptions | None:
     if not args.auto:
         given = [f"--{n.replace('_', '-')}" for n, v in _AUTO.items() if getattr(args, n) != v]
         given += ["--target"] * bool(args.target)
-        given += ["--auto-read-dtype"] * bool(args.auto_read_dtype) + policy_options(args)
+        given += ["--auto-read-dtype"] * bool(args.auto_read_dtype)
+        if args.method != "greedy" or args.from_map is not None:
+            given += policy_options(args)
         if given:
             raise UsageError(f"{given[0]}: only with --auto")
         return None

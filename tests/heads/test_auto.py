@@ -42,10 +42,12 @@ def test_wrong_options_are_named(changes: dict[str, object], message: str) -> No
         AutoOptions(**changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["paper", "combined", "echo", "induction", "effect", "gradient"])
+@pytest.mark.parametrize(
+    "method", ["paper", "combined", "echo", "induction", "effect", "gradient", "greedy"]
+)
 def test_every_ranking_can_be_raised(method: str) -> None:
     rng = np.random.default_rng(0)
-    scores = {n: rng.random((10, 5)) for n in ("echo", "induction", "effect", "gradient")}
+    scores = {n: rng.random((10, 5)) for n in ("echo", "induction", "effect", "gradient", "greedy")}
     options = SelectionOptions(method, min_echo=0)
     counts = []
     for share in (0.1, 0.2, 0.5):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trt_razor.errors import RazorError, UsageError
+from trt_razor.errors import RazorError, UsageError, did_you_mean
 from trt_razor.evaluation.asking import Asked, ask, nearness
 from trt_razor.evaluation.methods.dense import Dense
 from trt_razor.evaluation.methods.interface import Kept, Read
@@ -25,10 +25,11 @@ from trt_razor.evaluation.methods.razor import razor_caches
 from trt_razor.evaluation.runners.interface import Context, Runner
 from trt_razor.evaluation.samples import Sample
 from trt_razor.evaluation.statistics import wilson
-from trt_razor.evaluation.tasks.needle import Needle
+from trt_razor.evaluation.tasks.needle import HELD_OUT_WORDINGS, TUNING_WORDINGS, Needle
 from trt_razor.evaluation.text import load_text
 from trt_razor.headmap import HeadMap
 from trt_razor.heads.answers import AnswerProbe
+from trt_razor.heads.greedy import GreedyOptions
 from trt_razor.heads.measure import AnswerSource, EffectOptions
 from trt_razor.heads.selection import (
     METHODS,
@@ -244,17 +245,39 @@ def needle_answers(tokenizer: Tokenizer, options: EffectOptions) -> AnswerSource
     """Needle documents of the calibration part as probes for ``effect`` and ``gradient``."""
 
     def make(seed: int) -> list[AnswerProbe]:
-        task = _needle(options.length, options.trials)
-        return [
-            AnswerProbe(
-                np.array(s.context, dtype=np.int64),
-                np.array(s.turns[0].prompt + s.turns[0].answer, dtype=np.int64),
-                len(s.turns[0].prompt),
-            )
-            for s in task.samples(tokenizer, seed)
-        ]
+        return _probes(_needle(options.length, options.trials), tokenizer, seed)
 
     return AnswerSource("needle, calibration text", make)
+
+
+def greedy_answers(
+    tokenizer: Tokenizer, options: GreedyOptions, wordings: Sequence[str] = TUNING_WORDINGS
+) -> AnswerSource:
+    """Needle documents in several wordings for ``greedy``: three needles each, two asked for.
+
+    Raises:
+        UsageError: no wording, one that is unknown, or one that is held out for tests.
+    """
+    for wording in wordings:
+        if wording in HELD_OUT_WORDINGS:
+            raise UsageError(
+                f"wording '{wording}': held out for tests, heads must not be chosen with it; use "
+                f"some of {', '.join(TUNING_WORDINGS)}"
+            )
+        if wording not in TUNING_WORDINGS:
+            raise UsageError(f"wording '{wording}': {did_you_mean(wording, TUNING_WORDINGS)}")
+    if not wordings:
+        raise UsageError(f"wordings: expected some of {', '.join(TUNING_WORDINGS)}, found none")
+
+    def make(seed: int) -> list[AnswerProbe]:
+        probes = []
+        for wording in wordings:
+            task = _needle(options.length, 2 * options.contexts)
+            asked = dataclasses.replace(task, needles=3, questions=2, wording=wording)
+            probes += _probes(asked, tokenizer, seed)
+        return probes
+
+    return AnswerSource(f"needle ({', '.join(wordings)}), calibration text", make)
 
 
 # Pieces ---------------------------------------------------------------------------------------
@@ -282,6 +305,17 @@ class _Chosen:
 
     def compress(self, read: Read) -> list[Kept]:
         return razor_caches(read, self.heads, self.policy, None)
+
+
+def _probes(task: Needle, tokenizer: Tokenizer, seed: int) -> list[AnswerProbe]:
+    return [
+        AnswerProbe(
+            np.array(s.context, dtype=np.int64),
+            np.array(s.turns[0].prompt + s.turns[0].answer, dtype=np.int64),
+            len(s.turns[0].prompt),
+        )
+        for s in task.samples(tokenizer, seed)
+    ]
 
 
 def _needle(length: int, trials: int) -> Needle:

@@ -10,11 +10,13 @@ Two estimators of the same number, the growth of the loss on the answer's tokens
   backward pass whatever the number of heads.
 
 Contexts are read with dense attention; only what the answer sees differs. Memory is linear in n.
+:class:`GatedContext` is one context with its gates, for :mod:`trt_razor.heads.greedy` as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,8 @@ from trt_razor.heads.answers import AnswerProbe
 from trt_razor.heads.layer_memo import LayerMemo
 from trt_razor.heads.scores import causal_attention
 from trt_razor.models.checkpoint import WeightSource
-from trt_razor.policy import RazorPolicy
-from trt_razor.reference.attention import CachedRows
+from trt_razor.policy import SELECT_QUERIES, RazorPolicy
+from trt_razor.reference.attention import CachedRows, group_queries
 from trt_razor.reference.cache import LocalHeadsCache
 from trt_razor.reference.decoder import ReferenceDecoder
 
@@ -61,8 +63,8 @@ def ablation_effect(
         answers = [decoder.embed(_tensor(p.chunk[:-1], decoder))[None] for p in probes]
         for layer in range(spec.num_layers):
             for i, probe in enumerate(probes):
-                k, v, contexts[i] = _read(decoder, layer, contexts[i], scale)
-                full, local = _rows(k, v, policy, dtype)
+                read, contexts[i] = _read(decoder, layer, contexts[i], scale)
+                full, local = _full(read, dtype), _local(read, policy, dtype, scale)
                 x = answers[i]
                 q, k, v = _project(decoder, layer, x, len(probe.context))
                 out = _attend(q, full, k, v, scale)
@@ -99,59 +101,102 @@ def gradient_effect(
             the midpoints of equal pieces of 0..1; all gates move together.
         policy, step: as in :func:`ablation_effect`.
     """
-    spec, scale = checkpoint.spec, checkpoint.spec.head_dim**-0.5
+    spec = checkpoint.spec
     decoder = ReferenceDecoder(checkpoint, dtype, device)
-    out = np.zeros((len(probes), spec.num_layers, spec.num_kv_heads))
+    shape = (spec.num_layers, spec.num_kv_heads)
+    out = np.zeros((len(probes), *shape))
     places = [1.0] if points == 1 else [(p + 0.5) / points for p in range(points)]
     for i, probe in enumerate(probes):
-        kept = []
-        with torch.no_grad():
-            x = decoder.embed(_tensor(probe.context, decoder))
-            for layer in range(spec.num_layers):
-                k, v, x = _read(decoder, layer, x, scale)
-                kept.append(_rows(k, v, policy, dtype))
-                if step is not None:
-                    step()
+        context = GatedContext(decoder, probe.context, policy, step=step)
         for place in places:
-            out[i] += _gate_gradient(decoder, probe, kept, place, scale) / len(places)
+            out[i] += context.slope(probe, np.full(shape, place))[1] / len(places)
     return out
 
 
-def _gate_gradient(
-    decoder: ReferenceDecoder,
-    probe: AnswerProbe,
-    kept: Sequence[tuple[CachedRows, CachedRows]],
-    place: float,
-    scale: float,
-) -> np.ndarray:
-    """-d loss / d gate at gates = place, [layers, KV heads].
+class GatedContext:
+    """A context that was read with dense attention, and answers about it at any gates.
 
-    Forward without a graph, keeping the residual stream between layers; then backward layer by
-    layer, each computed once more: one layer's graph is in memory at a time.
+    Holds every layer's keys and values, in ``read_dtype``, and what local heads keep of them.
+
+    Args:
+        decoder: keeps its weights; answers are computed in its dtype.
+        context: int64 [n].
+        policy: what a local head keeps.
+        read_dtype: of the context's matrix products, e.g. torch.bfloat16 where that is fast; None =
+            the decoder's dtype.
+        step: called after every layer.
     """
-    spec = decoder.spec
 
-    def run(layer: int, x: Tensor, gate: Tensor) -> Tensor:
-        q, k, v = _project(decoder, layer, x, len(probe.context))
-        full, local = (_attend(q, rows, k, v, scale) for rows in kept[layer])
+    def __init__(
+        self,
+        decoder: ReferenceDecoder,
+        context: np.ndarray,
+        policy: RazorPolicy,
+        read_dtype: torch.dtype | None = None,
+        step: Step | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._scale = scale = decoder.spec.head_dim**-0.5
+        self._kept: list[tuple[_ReadRows, CachedRows]] = []
+        narrow = read_dtype is not None and read_dtype != decoder.dtype
+        with torch.no_grad():
+            x = decoder.embed(_tensor(context, decoder))
+            for layer in range(decoder.spec.num_layers):
+                # The residual stream, norms and softmax stay in the decoder's dtype.
+                with torch.autocast(decoder.device.type, read_dtype, enabled=narrow):
+                    read, x = _read(decoder, layer, x, scale)
+                if narrow:
+                    read = _ReadRows(read.k.to(read_dtype), read.v.to(read_dtype), read.queries)
+                local = _local(read, policy, decoder.dtype, scale)
+                self._kept.append((_ReadRows(read.k, read.v, None), local))
+                if step is not None:
+                    step()
+
+    def loss(self, probe: AnswerProbe, gates: np.ndarray) -> float:
+        """Mean loss of the answer's tokens, nats. gates: [layers, KV heads], 1 full, 0 local."""
+        with torch.no_grad():
+            x = self._forward(probe, self._gates(gates))[-1]
+            return float(_loss(self._decoder, x[0], probe))
+
+    def slope(self, probe: AnswerProbe, gates: np.ndarray) -> tuple[float, np.ndarray]:
+        """The loss and -d loss / d gate at these gates, float64 [layers, KV heads].
+
+        Forward without a graph, keeping the residual stream between layers; then backward layer by
+        layer, each computed once more: one layer's graph is in memory at a time.
+        """
+        decoder, at = self._decoder, self._gates(gates)
+        with torch.no_grad():
+            states = self._forward(probe, at)
+        with torch.enable_grad():
+            last = states.pop().detach().requires_grad_()
+            loss = _loss(decoder, last[0], probe)
+            (slope,) = torch.autograd.grad(loss, last)
+            gradient = np.zeros(gates.shape)
+            for layer in reversed(range(decoder.spec.num_layers)):
+                x = states.pop().detach().requires_grad_()
+                mine = at[layer].clone().requires_grad_()
+                out = self._layer(probe, layer, x, mine)
+                slope, by_gate = torch.autograd.grad(out, (x, mine), slope)
+                gradient[layer] = -by_gate.double().cpu().numpy()
+        return float(loss.detach()), gradient
+
+    def _gates(self, gates: np.ndarray) -> Tensor:
+        return torch.from_numpy(gates).to(self._decoder.device, self._decoder.dtype)
+
+    def _forward(self, probe: AnswerProbe, gates: Tensor) -> list[Tensor]:
+        """The residual stream before every layer and behind the last one, [1, S, hidden]."""
+        states = [self._decoder.embed(_tensor(probe.chunk[:-1], self._decoder))[None]]
+        for layer in range(self._decoder.spec.num_layers):
+            states.append(self._layer(probe, layer, states[-1], gates[layer]))
+        return states
+
+    def _layer(self, probe: AnswerProbe, layer: int, x: Tensor, gate: Tensor) -> Tensor:
+        q, k, v = _project(self._decoder, layer, x, len(probe.context))
+        read, local = self._kept[layer]
+        far = _attend(q, _full(read, self._decoder.dtype), k, v, self._scale)
+        near = _attend(q, local, k, v, self._scale)
         wide = gate[:, None, None, None, None]
-        return _finish(decoder, layer, x, wide * full + (1 - wide) * local)
-
-    gate = torch.full((spec.num_kv_heads,), place, dtype=decoder.dtype, device=decoder.device)
-    with torch.no_grad():
-        states = [decoder.embed(_tensor(probe.chunk[:-1], decoder))[None]]
-        for layer in range(spec.num_layers):
-            states.append(run(layer, states[-1], gate))
-    with torch.enable_grad():
-        last = states.pop().detach().requires_grad_()
-        (slope,) = torch.autograd.grad(_loss(decoder, last[0], probe), last)
-        gradient = np.zeros((spec.num_layers, spec.num_kv_heads))
-        for layer in reversed(range(spec.num_layers)):
-            x = states.pop().detach().requires_grad_()
-            mine = gate.clone().requires_grad_()
-            slope, by_gate = torch.autograd.grad(run(layer, x, mine), (x, mine), slope)
-            gradient[layer] = -by_gate.double().cpu().numpy()
-    return gradient
+        return _finish(self._decoder, layer, x, wide * far + (1 - wide) * near)
 
 
 # Pieces ---------------------------------------------------------------------------------------
@@ -159,26 +204,41 @@ def _tensor(tokens: np.ndarray, decoder: ReferenceDecoder) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens)).to(decoder.device)
 
 
+@dataclass(frozen=True)
+class _ReadRows:
+    """A layer of a context: k, v [Hkv, n, D], and its last queries [Hkv, g, W, D]."""
+
+    k: Tensor
+    v: Tensor
+    queries: Tensor | None
+
+
 def _read(
     decoder: ReferenceDecoder, layer: int, x: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A context goes through a layer with dense attention: its k, v [Hkv, n, D], the next x."""
+) -> tuple[_ReadRows, Tensor]:
+    """A context goes through a layer with dense attention: its rows, the next x."""
     q, k, v = decoder.qkv(layer, x, torch.arange(len(x), device=x.device))
+    rows = _ReadRows(k, v, group_queries(q[:, -SELECT_QUERIES:], len(k)))
     if layer + 1 == decoder.spec.num_layers:
-        return k, v, x  # nothing reads what would come out
-    return k, v, decoder.finish(layer, x, causal_attention(q, k, v, scale)[0].to(x.dtype))
+        return rows, x  # nothing reads what would come out
+    return rows, decoder.finish(layer, x, causal_attention(q, k, v, scale)[0].to(x.dtype))
 
 
-def _rows(
-    k: Tensor, v: Tensor, policy: RazorPolicy, dtype: torch.dtype
-) -> tuple[CachedRows, CachedRows]:
-    """What a full and what a local head keep of a context: k, v [Hkv, n, D]."""
-    heads, n, dim = k.shape
-    position = torch.arange(n, device=k.device, dtype=torch.float64)
-    full = CachedRows(k, v, k.new_zeros(heads, n), position)
-    local = LocalHeadsCache(policy, heads, dim, n, dtype, k.device)
-    local.update(k, v)
-    return full, local.rows()
+def _full(read: _ReadRows, dtype: torch.dtype) -> CachedRows:
+    """What a full head keeps of a context."""
+    heads, n, _ = read.k.shape
+    position = torch.arange(n, device=read.k.device, dtype=torch.float64)
+    k, v = read.k.to(dtype), read.v.to(dtype)
+    return CachedRows(k, v, k.new_zeros(heads, n), position)
+
+
+def _local(read: _ReadRows, policy: RazorPolicy, dtype: torch.dtype, scale: float) -> CachedRows:
+    """What a local head keeps of a context, which comes as one chunk."""
+    heads, n, dim = read.k.shape
+    local = LocalHeadsCache(policy, heads, dim, n, dtype, read.k.device, scale=scale)
+    queries = None if read.queries is None else read.queries.to(dtype)
+    local.update(read.k.to(dtype), read.v.to(dtype), queries)
+    return local.rows()
 
 
 def _project(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,18 @@ import numpy as np
 from trt_razor.errors import MissingExtra, RazorError, UsageError, did_you_mean
 from trt_razor.headmap import HeadMap, Scores
 from trt_razor.heads.alibi import alibi_scopes, select_by_scope
+from trt_razor.heads.greedy import GreedyOptions, GreedyResult, greedy_heads
 from trt_razor.heads.layer_memo import LayerMemo
-from trt_razor.heads.measure import AnswerSource, EffectOptions, measured_scores
+from trt_razor.heads.measure import AnswerSource, EffectOptions, measured_scores, probes_of
 from trt_razor.heads.probe import Probe, make_probe, position_warning
 from trt_razor.heads.selection import (
     MEASURED,
     METHODS,
     SelectionOptions,
     check_share,
+    combined_order,
     select,
+    share_count,
 )
 from trt_razor.heads.stability import Stability, stability
 from trt_razor.policy import RazorPolicy
@@ -46,8 +49,8 @@ class FindOptions:
         repeats: how often the block is repeated (the paper: 4).
         seeds: number of probes; heads are chosen from the mean of their scores.
         seed: the first probe's seed; the others follow it.
-        method: ``paper``, ``combined``, ``echo``, ``induction``, ``effect`` or ``gradient`` for
-            RoPE models (see :class:`SelectionOptions`, where the shares and ``min_echo`` are
+        method: ``paper``, ``combined``, ``echo``, ``induction``, ``effect``, ``gradient`` or
+            ``greedy`` for RoPE models (see :class:`SelectionOptions`, where the shares and ``min_echo`` are
             explained), ``alibi-scope`` for ALiBi models; None takes ``paper`` or ``alibi-scope`` by
             model.
         dtype: of all arithmetic, whatever the checkpoint's own: ``float32`` or ``float64``.
@@ -56,8 +59,9 @@ class FindOptions:
             default policy's ``min_window``.
         eps: ALiBi: attention below which a token counts as unseen.
         scope_share: ALiBi: at most this share of the heads, farthest sight first; None: no bound.
-        effect_share: share of the methods ``effect`` and ``gradient``.
-        effect: how these two measure.
+        effect_share: share of the methods ``effect``, ``gradient`` and ``greedy``.
+        effect: how the first two measure.
+        greedy: how heads are chosen one after another.
 
     Raises:
         UsageError: naming the wrong field.
@@ -79,6 +83,7 @@ class FindOptions:
     scope_share: float | None = None
     effect_share: float = 0.15
     effect: EffectOptions = field(default_factory=EffectOptions)
+    greedy: GreedyOptions = field(default_factory=GreedyOptions)
 
     def __post_init__(self) -> None:
         if not 1 <= self.seeds <= MAX_SEEDS:
@@ -158,7 +163,8 @@ def examine_heads(
     """:func:`find_heads` with the stability table and the warnings as objects of their own.
 
     Args:
-        answers: retrieval probes for ``effect`` and ``gradient``; None = random tokens said again.
+        answers: retrieval probes for the methods that measure an answer's loss; None = random
+            tokens said again.
     """
     options = options or FindOptions()
     spec = checkpoint.spec
@@ -169,12 +175,21 @@ def examine_heads(
             f"method '{SCOPE_METHOD}' is for ALiBi models, {spec.name} uses {spec.position}; "
             f"choose one of {', '.join(METHODS)}"
         )
+    if options.method == "greedy" and options.greedy.start_share > options.effect_share:
+        raise UsageError(
+            f"greedy start: expected at most the share that is wanted, {options.effect_share}, found "
+            f"{options.greedy.start_share}; start with less"
+        )
     seeds = tuple(range(options.seed, options.seed + options.seeds))
     probes = [make_probe(spec, options.probe_length, options.repeats, s) for s in seeds]
     echo, induction = probe_scores(checkpoint, probes, options.dtype, options.device, progress)
     selection = options.selection
     by_seed = {"echo": echo, "induction": induction}
-    if selection.method in MEASURED:
+    greedy = None
+    if selection.method == "greedy":
+        mean = {name: scores.mean(0) for name, scores in by_seed.items()}
+        greedy = _greedy(checkpoint, mean, seeds, options, answers, progress)
+    elif selection.method in MEASURED:
         by_seed[selection.method] = measured_scores(
             checkpoint,
             selection.method,
@@ -191,10 +206,12 @@ def examine_heads(
                 f"{checkpoint.location}: the measured effect of {int((~finite).sum())} heads is not "
                 f"finite; the weights overflow in {options.dtype}"
             )
-    mean = {name: _rows(scores.mean(0)) for name, scores in by_seed.items()}
-    choice = select({name: np.array(rows) for name, rows in mean.items()}, selection)
+    means = {name: _rows(scores.mean(0)) for name, scores in by_seed.items()}
+    if greedy is not None:
+        means["greedy"] = _rows(greedy.scores)
+    choice = select({name: np.array(rows) for name, rows in means.items()}, selection)
     spread = None
-    if len(seeds) > 1:
+    if len(seeds) > 1 and greedy is None:  # one choice over the contexts of all seeds
         single = [
             select({name: scores[i] for name, scores in by_seed.items()}, selection).heads
             for i in range(len(seeds))
@@ -213,7 +230,10 @@ def examine_heads(
     }
     if selection.method in MEASURED:
         settings["answers"] = "random" if answers is None else answers.name
-        settings["effect"] = options.effect.to_json(selection.method)
+        if greedy is None:
+            settings["effect"] = options.effect.to_json(selection.method)
+        else:
+            settings["greedy"] = {**options.greedy.to_json(), **greedy.to_json()}
     if spread is not None:
         settings["stability"] = spread.to_json()
     what = f"{options.probe_length} random tokens x {options.repeats}"
@@ -226,7 +246,7 @@ def examine_heads(
         method=selection.method,
         source=f"probe: {what}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
         checkpoint=checkpoint.identity(),
-        scores=mean,
+        scores=means,
         options=settings,
     )
     return FoundHeads(head_map, spread, warnings)
@@ -280,6 +300,24 @@ def probe_scores(
                 if progress is not None:
                     progress(what, layer * len(probes) + i + 1, steps)
     return out[0], out[1]
+
+
+def _greedy(
+    checkpoint: Checkpoint,
+    scores: Mapping[str, np.ndarray],
+    seeds: Sequence[int],
+    options: FindOptions,
+    answers: AnswerSource | None,
+    progress: Progress | None,
+) -> GreedyResult:
+    spec, how = checkpoint.spec, options.greedy
+    total = spec.num_layers * spec.num_kv_heads
+    start = combined_order(scores)[: share_count(how.start_share, total)]
+    wanted = (how.length, how.policy.window(how.length), how.contexts)
+    probes = [p for seed in seeds for p in probes_of(spec, seed, answers, *wanted)]
+    count = share_count(options.effect_share, total)
+    where = (options.dtype, options.device, progress)
+    return greedy_heads(checkpoint, probes, start, count, how, *where)
 
 
 def _find_by_scope(

@@ -27,6 +27,7 @@ TITLES = {
     "induction": "induction: attention to what followed it\n(colour by square root)",
     "effect": "effect: loss an answer gains when local\n(nats a token)",
     "gradient": "gradient of that loss by the head's gate\n(nats a token)",
+    "greedy": "greedy: N for the first of N chosen heads,\nbelow 1: not chosen",
     "scope": "scope in tokens (log scale)",
 }
 

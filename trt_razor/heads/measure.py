@@ -14,6 +14,7 @@ from trt_razor.policy import RazorPolicy
 
 if TYPE_CHECKING:
     from trt_razor.models.checkpoint import WeightSource
+    from trt_razor.models.spec import ModelSpec
 
 MAX_POINTS = 64
 
@@ -72,6 +73,23 @@ class EffectOptions:
         return {name: getattr(self, name) for name in used}
 
 
+def probes_of(
+    spec: ModelSpec, seed: int, source: AnswerSource | None, length: int, window: int, trials: int
+) -> list[AnswerProbe]:
+    """Probes of one seed; without a source random tokens said again, ``trials`` of them.
+
+    Raises:
+        UsageError: a length that leaves nothing outside of the window; no probes.
+    """
+    if source is None:
+        # Far from the seeds of the echo probe and of each other.
+        return random_probes(spec, length, window, trials, (seed + 1) * 100_003)
+    probes = list(source.make(seed))
+    if not probes:
+        raise UsageError(f"effect probes: {source.name} has none")
+    return probes
+
+
 def measured_scores(
     checkpoint: WeightSource,
     method: str,
@@ -95,17 +113,8 @@ def measured_scores(
 
     from trt_razor.heads.effect import ablation_effect, gradient_effect
 
-    probes: list[list[AnswerProbe]] = []
-    for seed in seeds:
-        if source is None:
-            # Far from the seeds of the echo probe and of each other.
-            first = (seed + 1) * 100_003
-            args = (options.length, options.window, options.trials, first)
-            probes.append(random_probes(checkpoint.spec, *args))
-        else:
-            probes.append(list(source.make(seed)))
-        if not probes[-1]:
-            raise UsageError(f"effect probes: {source.name if source else 'random'} has none")
+    wanted = (options.length, options.window, options.trials)
+    probes = [probes_of(checkpoint.spec, seed, source, *wanted) for seed in seeds]
     count = sum(map(len, probes))
     steps, done = count * checkpoint.spec.num_layers, 0
     what = f"measuring {method}"

@@ -13,8 +13,8 @@ from trt_razor.errors import RazorError, UsageError, did_you_mean
 from trt_razor.headmap import HeadMap
 from trt_razor.models.spec import ModelSpec
 
-MEASURED = ("effect", "gradient")
-"""Methods that rank by what happens to an answer's loss (heads/effect.py)."""
+MEASURED = ("effect", "gradient", "greedy")
+"""Methods that rank by what happens to an answer's loss (heads/effect.py, heads/greedy.py)."""
 
 METHODS = ("paper", "combined", "echo", "induction", *MEASURED)
 
@@ -29,13 +29,14 @@ class SelectionOptions:
         method: ``paper``: top ``induction_share`` by induction ∪ top ``echo_share`` by echo;
             ``combined``: top ``combined_share`` by the larger of the two scores, each divided by
             its maximum over the model; ``echo`` or ``induction``: one half of ``paper`` alone;
-            ``effect`` or ``gradient``: top ``effect_share`` by the measured effect.
+            ``effect`` or ``gradient``: top ``effect_share`` by the measured effect; ``greedy``:
+            the same share, heads in the order of their choosing.
         induction_share: 0.14 in the paper.
         echo_share: 0.01 in the paper.
         combined_share: share of the method ``combined``.
         min_echo: fewest heads an ``echo_share`` above 0 selects. 1 % of a small model is a
             single head, too few to rely on (docs/heads.md).
-        effect_share: share of the methods ``effect`` and ``gradient``.
+        effect_share: share of the methods ``effect``, ``gradient`` and ``greedy``.
 
     Raises:
         UsageError: unknown method, a share outside 0..1, a negative floor.
@@ -65,6 +66,7 @@ class SelectionOptions:
             "induction": ("induction_share",),
             "effect": ("effect_share",),
             "gradient": ("effect_share",),
+            "greedy": ("effect_share",),
         }[self.method]
         return {name: getattr(self, name) for name in used}
 
@@ -144,9 +146,7 @@ def select(scores: Mapping[str, np.ndarray], options: SelectionOptions) -> Choic
         best = _top(effect, share_count(options.effect_share, effect.size))
         nothing = _by_layer(set(), effect.shape)
         return Choice(_by_layer(set(best), effect.shape), nothing, nothing)
-    echo, induction = (_table(scores, name) for name in ("echo", "induction"))
-    if echo.shape != induction.shape:
-        raise RazorError(f"scores: echo is {echo.shape}, induction is {induction.shape}")
+    echo, induction = _both(scores)
     total = echo.size
     top_echo: set[int] = set()
     top_induction: set[int] = set()
@@ -165,6 +165,16 @@ def select(scores: Mapping[str, np.ndarray], options: SelectionOptions) -> Choic
         _by_layer(top_echo, shape),
         _by_layer(top_induction, shape),
     )
+
+
+def combined_order(scores: Mapping[str, np.ndarray]) -> list[int]:
+    """All heads, layer * KV heads + head, best first by the method ``combined``.
+
+    Raises:
+        RazorError: see :func:`select`.
+    """
+    echo, induction = _both(scores)
+    return _top(np.maximum(_relative(echo), _relative(induction)), echo.size)
 
 
 def uniform_share(spec: ModelSpec, share: float) -> HeadMap:
@@ -211,6 +221,13 @@ def _table(scores: Mapping[str, np.ndarray], name: str) -> np.ndarray:
             f"checkpoint's weights or the dtype it was run in overflow; try --dtype float32"
         )
     return table
+
+
+def _both(scores: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    echo, induction = (_table(scores, name) for name in ("echo", "induction"))
+    if echo.shape != induction.shape:
+        raise RazorError(f"scores: echo is {echo.shape}, induction is {induction.shape}")
+    return echo, induction
 
 
 def _relative(table: np.ndarray) -> np.ndarray:

@@ -36,7 +36,8 @@ class HeadOptions:
     Attributes:
         heads: a head map file, or "shipped": the one that comes with the package for this model.
         ranking: how heads are chosen anew from the map's scores (``heads.selection``): paper,
-            combined, echo, induction, effect or gradient; "random" needs no scores; None: the map's own choice.
+            combined, echo, induction, effect, gradient or greedy; "random" needs no scores; None:
+            the map's own choice.
         share: of all KV heads, rounded up; of ``paper``, the share by induction. None: what
             ``SelectionOptions`` says.
         echo_share: of ``paper``, the share by echo.

@@ -96,6 +96,13 @@ WORDINGS = {
     ),
 }
 
+TUNING_WORDINGS = ("number", "code", "printer")
+"""Wordings that heads may be chosen with."""
+
+HELD_OUT_WORDINGS = ("members", "room")
+"""Wordings that nothing may be tuned on. Heads chosen on one wording may find only that one: a
+wording that no choice has seen is the only test of that, as a test text is of tuning on texts."""
+
 
 @TASKS.add("needle")
 @dataclass(frozen=True)
