@@ -1,6 +1,6 @@
 """A small evaluation on real weights that fails when Razor is broken on purpose.
 
-Whole runs are ``make fidelity``; this is the part of it that every change must pass. The bars were
+Whole runs: docs/fidelity.md; this is the part that every change must pass. The bars were
 set from the intact code's figures with room for another machine's rounding; each mutation must miss
 one of them by far.
 """
