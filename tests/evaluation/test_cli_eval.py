@@ -59,7 +59,7 @@ def refused(capsys: Capture, code: int, words: str, *argv: object) -> None:
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "expected one of RUN.yaml, --report DIR, --list"),
+    ([], "expected one of RUN.yaml, --report DIR, --agreement ENGINE, --list"),
     (["quick", "--list"], "expected one of"),
     (["qiuck"], "qiuck: no such file, and no bundled run; did you mean quick"),
     (["no/quick.yaml"], "no/quick.yaml: no such file"),

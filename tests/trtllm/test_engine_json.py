@@ -85,6 +85,7 @@ def agree(model: ModelConfig, plan: RazorPlan, spec: ModelSpec) -> None:
 
 POLICIES = {
     **PRESETS,
+    "tight": PRESETS["tight"].with_(heavy_hitters=0),  # which this path refuses
     "whole window": RazorPolicy(min_window=512, compression=None),
     "no sinks": RazorPolicy(sink_tokens=0, min_window=100, comp_tokens=0),
 }
