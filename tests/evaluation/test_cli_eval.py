@@ -68,6 +68,9 @@ def refused(capsys: Capture, code: int, words: str, *argv: object) -> None:
     (["quick", "--restart", "--retry"], "give one of them"),
     (["--report", "no-such-folder"], "no results of trt-razor eval there"),
     (["--report", "x", "--restart"], "--restart: --report takes a results folder alone"),
+    (["--agreement", "no-such-engine"], "no-such-engine: no such engine directory"),
+    (["--agreement", "x", "--limit", "3"], "--limit: --agreement takes an engine and --model"),
+    (["quick", "--agreement", "x"], "expected one of"),
     (["quick", "--model", "smolm2-135m"], "did you mean .*smollm2-135m"),
     (["quick", "--device", "nodevice"], "device: nodevice: not usable here"),
 ])  # fmt: skip

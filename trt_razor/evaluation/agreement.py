@@ -107,7 +107,8 @@ class AgreementOptions:
 
     Attributes:
         engine: its directory.
-        model, checkpoint: a zoo name, or a file or folder with the weights it was built from.
+        model, checkpoint: a zoo name, or a file or folder with the weights it was built from; the
+            engine's model by its name if neither is given.
         text, part: where prompts come from (``evaluation.text``).
         prompts, prompt_tokens, new_tokens: how many, and how long.
         seed: of the places in the text.
@@ -145,7 +146,10 @@ def measure(
     from trt_razor.reference.hf.load import checkpoint_model
 
     runner = EngineRunner(Path(options.engine).expanduser())
-    checkpoint = open_checkpoint(options.model, options.checkpoint)
+    named = options.model
+    if named is None and options.checkpoint is None:
+        named = runner.engine.manifest.spec.name  # the zoo's weights, if it has them
+    checkpoint = open_checkpoint(named, options.checkpoint)
     if checkpoint.identity() != runner.engine.manifest.checkpoint:
         raise UsageError(
             f"{options.engine}: built from other weights than {checkpoint.location}; name those it "
