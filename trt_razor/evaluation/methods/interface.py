@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trt_razor.evaluation.registry import Registry
+from trt_razor.policy import SELECT_QUERIES
 
-RECENT_QUERIES = 64
-"""Queries that are recorded while a context is read: those of its last tokens."""
+RECENT_QUERIES = SELECT_QUERIES
+"""Queries that are recorded while a context is read: those of its last tokens, as many as Razor asks."""
 
 
 @dataclass(frozen=True)

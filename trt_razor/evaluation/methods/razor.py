@@ -122,10 +122,10 @@ def solve_window(
         wanted = policy.with_(min_window=window, compression=None)
         return razor_bits(retrieval, local, dim, wanted, n)
 
-    # A window that drops fewer tokens than there are compensation rows can need less than the next
-    # smaller one; below those, bits grow with the window and halving finds the largest.
+    # A window that drops fewer tokens than there are heavy hitters and compensation rows can need
+    # less than the next smaller one; below those, bits grow with the window and halving finds the largest.
     whole = max(1, n - policy.sink_tokens)
-    low, high = 0, max(0, whole - policy.comp_tokens)
+    low, high = 0, max(0, whole - policy.comp_tokens - policy.heavy_hitters)
     for window in range(whole, high, -1):
         if bits(window) <= allowed:
             return policy.with_(min_window=window, compression=None)
