@@ -19,6 +19,7 @@ _DEFAULTS = GreedyOptions()
 _NUMBERS = {
     "step": "heads that join between two measurements",
     "contexts": "contexts of every wording, for each seed",
+    "texts": "contexts of natural text that only go on, for each seed",
     "length": "tokens of a context",
 }
 _ALL = ("start", *_NUMBERS, "wordings", "read_dtype")
@@ -85,8 +86,9 @@ def answer_source(
     wordings = None if args.greedy_wordings is None else args.greedy_wordings.split(",")
     tokenizer = checkpoint.tokenizer()
     if args.effect_answers == "random" or (tokenizer is None and args.effect_answers is None):
-        if wordings is not None:
-            raise UsageError("--greedy-wordings: only for needles, found random tokens")
+        for name in ("wordings", "texts"):
+            if getattr(args, f"greedy_{name}") is not None:
+                raise UsageError(f"--greedy-{name}: only with needles, found random tokens")
         if args.effect_answers is None:
             say("greedy: this checkpoint has no tokenizer; measured on random tokens said again")
         return None

@@ -17,6 +17,7 @@ from heads_helpers import TinyCheckpoint, tiny_spec
 from trt_razor.errors import RazorError, UsageError
 from trt_razor.evaluation.auto_heads import greedy_answers
 from trt_razor.evaluation.tasks.needle import HELD_OUT_WORDINGS, TUNING_WORDINGS, WORDINGS
+from trt_razor.evaluation.text import load_text
 from trt_razor.headmap import HeadMap
 from trt_razor.heads.answers import AnswerProbe, random_probes
 from trt_razor.heads.effect import GatedContext
@@ -67,9 +68,38 @@ def test_gates_are_what_the_cache_does_heavy_hitters_included() -> None:
             assert slope[at] == pytest.approx(-rise, abs=1e-6)
 
 
+def test_the_loss_to_dense_attention_and_its_slope() -> None:
+    checkpoint = TinyCheckpoint(tiny_spec(), gain=2.0)
+    (probe,) = random_probes(checkpoint.spec, 90, 8, 1, seed=1)
+    context = GatedContext(ReferenceDecoder(checkpoint, torch.float64), probe.context, POLICY)
+    dense = context.predicted(probe)
+    # The same as reading all tokens at once.
+    tokens = np.concatenate([probe.context, probe.chunk[:-1]])
+    decoder = ReferenceDecoder(checkpoint, torch.float64)
+    whole = decoder.forward(tokens, decoder.new_cache(POLICY, None, 200))
+    torch.testing.assert_close(
+        dense, whole[len(probe.context) + probe.first - 1 :].log_softmax(-1), rtol=0, atol=1e-9
+    )
+    assert context.loss(probe, np.ones((3, 2)), dense) == pytest.approx(0, abs=1e-12)
+    gates = np.zeros((3, 2))
+    gates[1, 0] = 1
+    mine = context.predicted(probe, gates)
+    want = float(F.kl_div(mine, dense, reduction="none", log_target=True).sum(-1).mean())
+    loss, slope = context.slope(probe, gates, dense)
+    assert want > 1e-4
+    assert loss == pytest.approx(want, abs=1e-12)
+    for at in np.ndindex(3, 2):
+        up, down = gates.copy(), gates.copy()
+        up[at] += 1e-5
+        down[at] -= 1e-5
+        rise = (context.loss(probe, up, dense) - context.loss(probe, down, dense)) / 2e-5
+        assert slope[at] == pytest.approx(-rise, abs=1e-6)
+
+
 def test_every_step_takes_the_steepest_of_its_own_state() -> None:
     checkpoint = TinyCheckpoint(tiny_spec(), gain=2.0)
-    probes = random_probes(checkpoint.spec, 90, 8, 2, seed=3)
+    probes = random_probes(checkpoint.spec, 90, 8, 3, seed=3)
+    probes[2] = dataclasses.replace(probes[2], kind="text")
     found = greedy_heads(checkpoint, probes, [3], 4, OPTIONS, "float64")
     assert found.order[0] == 3
     assert [r.heads for r in found.rounds] == [1, 3, 4]
@@ -77,23 +107,25 @@ def test_every_step_takes_the_steepest_of_its_own_state() -> None:
         GatedContext(ReferenceDecoder(checkpoint, torch.float64), p.context, POLICY) for p in probes
     ]
 
-    def mean(gates: np.ndarray) -> tuple[float, np.ndarray]:
-        both = [c.slope(p, gates) for c, p in zip(contexts, probes, strict=True)]
-        return float(np.mean([b[0] for b in both])), np.mean([b[1] for b in both], axis=0)
+    def mean(gates: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+        """Two answers and one text: the text counts as much as both answers together."""
+        (a, slope_a), (b, slope_b), (t, slope_t) = (
+            c.slope(p, gates, c.predicted(p)) for c, p in zip(contexts, probes, strict=True)
+        )
+        return {"answer": (a + b) / 2, "text": t}, (slope_a + slope_b) / 2 + slope_t
 
     for step in found.rounds:
         gates = np.zeros(6)
         gates[list(found.order[: step.heads])] = 1
         loss, slope = mean(gates.reshape(3, 2))
-        assert step.loss == pytest.approx(loss, abs=1e-12)
+        assert dict(step.loss) == pytest.approx(loss, abs=1e-12)
         free = [h for h in range(6) if not gates[h]]
         best = sorted(free, key=lambda h: -slope.ravel()[h])[: len(step.added)]
         assert [layer * 2 + head for layer, head, _ in step.added] == best
         assert [g for *_, g in step.added] == pytest.approx([slope.ravel()[h] for h in best])
-    assert found.dense == pytest.approx(mean(np.ones((3, 2)))[0], abs=1e-12)
-    # Slopes at dense attention would have chosen others: the state matters.
-    dense = np.argsort(-mean(np.ones((3, 2)))[1].ravel())
-    assert {3, *[int(h) for h in dense if h != 3][:3]} != set(found.order)
+    # Slopes before any head was chosen would have chosen others: the state matters.
+    first = np.argsort(-mean(np.zeros((3, 2)))[1].ravel())
+    assert [3, *[int(h) for h in first if h != 3][:3]] != list(found.order)
 
 
 def test_scores_are_the_order_of_choosing() -> None:
@@ -161,7 +193,7 @@ def test_a_map_that_can_be_cut_shorter() -> None:
     told = made.options["greedy"]
     assert told["policy"] == POLICY.to_json()
     assert [r["heads"] for r in told["rounds"]] == [1, 3, 5]
-    assert all(np.isfinite(r["loss"]) for r in told["rounds"])
+    assert all(np.isfinite(r["loss"]["answer"]) for r in told["rounds"])
     first = select(
         {n: np.array(t) for n, t in made.scores.items()},
         SelectionOptions("combined", combined_share=0.1),
@@ -178,6 +210,7 @@ def test_a_map_that_can_be_cut_shorter() -> None:
         ({"start_share": 1.5}, "greedy start: expected a share"),
         ({"step": 0}, "greedy step: expected 1.."),
         ({"contexts": 1.5}, "greedy contexts: expected 1.."),
+        ({"texts": -1}, "greedy texts: expected 0.."),
         ({"length": 100}, "drop nothing of 100 tokens with a window of 128"),
         ({"read_dtype": "bfloat"}, "greedy read dtype 'bfloat'.*bfloat16"),
     ],
@@ -198,20 +231,29 @@ def test_needles_of_smollm2() -> None:
     checkpoint = open_checkpoint("smollm2-135m", None)
     tokenizer = checkpoint.tokenizer()
     assert tokenizer is not None
-    options = GreedyOptions(contexts=1, length=400, read_dtype="bfloat16")
+    options = GreedyOptions(contexts=1, texts=2, length=400, read_dtype="bfloat16")
     for wording in HELD_OUT_WORDINGS:
         with pytest.raises(UsageError, match=f"'{wording}': held out for tests"):
             greedy_answers(tokenizer, options, ["number", wording])
     with pytest.raises(UsageError, match="did you mean printer"):
         greedy_answers(tokenizer, options, ["printr"])
     source = greedy_answers(tokenizer, options)
-    probes = source.make(0)
+    *probes, one, two = source.make(0)
+    for going_on in (one, two):
+        assert (going_on.kind, going_on.first, len(going_on.context)) == ("text", 1, 399)
+        assert len(going_on.answer) == 64
+        whole = tokenizer.decode([*going_on.context[-20:].tolist(), *going_on.chunk.tolist()])
+        assert " ".join(whole.split())[-80:] in " ".join(
+            load_text("python", "calibration").sentences
+        )
+    assert not np.array_equal(one.context, two.context)
     texts = [tokenizer.decode(p.context.tolist()) for p in probes]
     for wording, text in zip(TUNING_WORDINGS, texts[::2], strict=True):
         assert WORDINGS[wording].fact.split("{}")[0] in text
     assert texts[::2] == texts[1::2]
     for probe, text in zip(probes, texts, strict=True):
         assert tokenizer.decode(probe.answer.tolist()).strip(" .\n")[:5] in text
-    # Two heads more than nothing: the loss falls towards the dense one, which is far below.
-    found = greedy_heads(checkpoint, probes[:2], [], 2, options)
-    assert found.dense < found.rounds[-1].loss < found.rounds[0].loss
+    # Two heads more than nothing: the answers come nearer to dense attention's.
+    found = greedy_heads(checkpoint, [*probes[:2], one], [], 2, options)
+    assert found.rounds[0].loss.keys() == {"answer", "text"}
+    assert 0 < found.rounds[-1].loss["answer"] < found.rounds[0].loss["answer"]

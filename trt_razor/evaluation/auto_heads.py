@@ -26,6 +26,7 @@ from trt_razor.evaluation.runners.interface import Context, Runner
 from trt_razor.evaluation.samples import Sample
 from trt_razor.evaluation.statistics import wilson
 from trt_razor.evaluation.tasks.needle import HELD_OUT_WORDINGS, TUNING_WORDINGS, Needle
+from trt_razor.evaluation.tasks.perplexity import Perplexity
 from trt_razor.evaluation.text import load_text
 from trt_razor.headmap import HeadMap
 from trt_razor.heads.answers import AnswerProbe
@@ -253,7 +254,9 @@ def needle_answers(tokenizer: Tokenizer, options: EffectOptions) -> AnswerSource
 def greedy_answers(
     tokenizer: Tokenizer, options: GreedyOptions, wordings: Sequence[str] = TUNING_WORDINGS
 ) -> AnswerSource:
-    """Needle documents in several wordings for ``greedy``: three needles each, two asked for.
+    """Documents of the calibration part for ``greedy``.
+
+    Needles in several wordings, three in each document, two of them asked for; and text that goes on.
 
     Raises:
         UsageError: no wording, one that is unknown, or one that is held out for tests.
@@ -275,9 +278,13 @@ def greedy_answers(
             task = _needle(options.length, 2 * options.contexts)
             asked = dataclasses.replace(task, needles=3, questions=2, wording=wording)
             probes += _probes(asked, tokenizer, seed)
+        if options.texts:
+            going_on = Perplexity((options.length,), options.texts, text=TEXT, part="calibration")
+            probes += [_going_on(s) for s in going_on.samples(tokenizer, seed)]
         return probes
 
-    return AnswerSource(f"needle ({', '.join(wordings)}), calibration text", make)
+    name = f"needle ({', '.join(wordings)})" + ", text going on" * bool(options.texts)
+    return AnswerSource(f"{name}, calibration text", make)
 
 
 # Pieces ---------------------------------------------------------------------------------------
@@ -316,6 +323,12 @@ def _probes(task: Needle, tokenizer: Tokenizer, seed: int) -> list[AnswerProbe]:
         )
         for s in task.samples(tokenizer, seed)
     ]
+
+
+def _going_on(sample: Sample) -> AnswerProbe:
+    ids = np.array(sample.context + sample.continuation, dtype=np.int64)
+    end = len(sample.context)
+    return AnswerProbe(ids[: end - 1], ids[end - 1 :], 1, "text")
 
 
 def _needle(length: int, trials: int) -> Needle:

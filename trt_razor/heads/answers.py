@@ -1,4 +1,4 @@
-"""Retrieval probes: a context, and an answer that can only be found far back in it."""
+"""Probes: a context, and what follows: an answer found only far back in it, or the text going on."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ class AnswerProbe:
         context: int64 [n].
         chunk: int64 [S]: a question and its answer, as the model would write it.
         first: index in ``chunk`` of the answer's first token, 1 .. S - 1.
+        kind: probes of one kind count together, each kind as much as any other.
     """
 
     context: np.ndarray
     chunk: np.ndarray
     first: int
+    kind: str = "answer"
 
     def __post_init__(self) -> None:
         if not 1 <= self.first < len(self.chunk):

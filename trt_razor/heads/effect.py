@@ -152,14 +152,31 @@ class GatedContext:
                 if step is not None:
                     step()
 
-    def loss(self, probe: AnswerProbe, gates: np.ndarray) -> float:
-        """Mean loss of the answer's tokens, nats. gates: [layers, KV heads], 1 full, 0 local."""
-        with torch.no_grad():
-            x = self._forward(probe, self._gates(gates))[-1]
-            return float(_loss(self._decoder, x[0], probe))
+    def predicted(self, probe: AnswerProbe, gates: np.ndarray | None = None) -> Tensor:
+        """Log probabilities of the answer's tokens, [A, vocab].
 
-    def slope(self, probe: AnswerProbe, gates: np.ndarray) -> tuple[float, np.ndarray]:
+        Args:
+            gates: [layers, KV heads], 1 full, 0 local; None = all full, which is dense attention.
+        """
+        spec = self._decoder.spec
+        at = np.ones((spec.num_layers, spec.num_kv_heads)) if gates is None else gates
+        with torch.no_grad():
+            x = self._forward(probe, self._gates(at))[-1]
+            return _log_probs(self._decoder, x[0], probe)
+
+    def loss(self, probe: AnswerProbe, gates: np.ndarray, dense: Tensor | None = None) -> float:
+        """Mean loss of the answer's tokens, nats; see :meth:`slope`."""
+        return float(_loss(self.predicted(probe, gates), probe, dense))
+
+    def slope(
+        self, probe: AnswerProbe, gates: np.ndarray, dense: Tensor | None = None
+    ) -> tuple[float, np.ndarray]:
         """The loss and -d loss / d gate at these gates, float64 [layers, KV heads].
+
+        Args:
+            gates: [layers, KV heads], 1 full, 0 local.
+            dense: ``predicted`` by dense attention: the loss is KL(dense ‖ these gates). None: the
+                loss is the negative log likelihood of the answer.
 
         Forward without a graph, keeping the residual stream between layers; then backward layer by
         layer, each computed once more: one layer's graph is in memory at a time.
@@ -169,7 +186,7 @@ class GatedContext:
             states = self._forward(probe, at)
         with torch.enable_grad():
             last = states.pop().detach().requires_grad_()
-            loss = _loss(decoder, last[0], probe)
+            loss = _loss(_log_probs(decoder, last[0], probe), probe, dense)
             (slope,) = torch.autograd.grad(loss, last)
             gradient = np.zeros(gates.shape)
             for layer in reversed(range(decoder.spec.num_layers)):
@@ -286,12 +303,21 @@ def _finish(decoder: ReferenceDecoder, layer: int, x: Tensor, out: Tensor) -> Te
     return flat.view_as(x)
 
 
-def _loss(decoder: ReferenceDecoder, x: Tensor, probe: AnswerProbe) -> Tensor:
-    """Mean loss of the answer's tokens, nats. x: [S, hidden] behind the last layer."""
-    logits = decoder.logits(x[probe.first - 1 :])
-    return torch.nn.functional.cross_entropy(logits, _tensor(probe.answer, decoder))
+def _log_probs(decoder: ReferenceDecoder, x: Tensor, probe: AnswerProbe) -> Tensor:
+    """Of the answer's tokens, [A, vocab]. x: [S, hidden] behind the last layer."""
+    return decoder.logits(x[probe.first - 1 :]).log_softmax(-1)
+
+
+def _loss(log_probs: Tensor, probe: AnswerProbe, dense: Tensor | None) -> Tensor:
+    """Mean over the answer's tokens, nats: KL(dense ‖ ·), or without ``dense`` -ln p."""
+    if dense is not None:
+        terms = dense.exp() * (dense - log_probs)
+        # A token that dense attention excludes (-inf: a padded vocabulary) counts for nothing.
+        return terms.masked_fill(dense == -torch.inf, 0).sum(-1).mean()
+    answer = torch.from_numpy(np.ascontiguousarray(probe.answer)).to(log_probs.device)
+    return torch.nn.functional.nll_loss(log_probs, answer)
 
 
 def _losses(decoder: ReferenceDecoder, x: Tensor, probe: AnswerProbe) -> np.ndarray[Any, Any]:
     """:func:`_loss` of every variant, x [V, S, hidden] → float64 [V]."""
-    return np.array([float(_loss(decoder, one, probe)) for one in x])
+    return np.array([float(_loss(_log_probs(decoder, one, probe), probe, None)) for one in x])

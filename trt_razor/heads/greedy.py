@@ -1,9 +1,12 @@
 """Retrieval heads chosen one after another, each for what it adds to those chosen before it.
 
 Gates as in :mod:`trt_razor.heads.effect`, but 1 for the heads chosen so far and 0 for all others:
-the slope of the answer's loss says which head is missed most as things stand. A few join, the
-slopes are taken again, and so on until the share is reached. Slopes at dense attention, where
-nothing is missing yet, and effects of single heads do not see which heads need each other.
+the slope of the loss says which head is missed most as things stand. A few join, the slopes are
+taken again, and so on until the share is reached. Slopes at dense attention, where nothing is
+missing yet, and effects of single heads do not see which heads need each other.
+
+The loss is KL(dense ‖ compressed) over answers that must be found far back, and over natural text
+that goes on: heads chosen for answers alone were found to cost the text something.
 
 The order of choosing is the score, so that any smaller share is a beginning of the same order.
 """
@@ -11,7 +14,8 @@ The order of choosing is the score, so that any smaller share is a beginning of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,8 @@ from trt_razor.heads.selection import check_share
 from trt_razor.policy import PRESETS, RazorPolicy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trt_razor.heads.effect import GatedContext
     from trt_razor.models.checkpoint import WeightSource
 
@@ -39,6 +45,7 @@ class GreedyOptions:
         start_share: of all KV heads, the best by ``combined``, with which the choice begins.
         step: heads that join between two measurements.
         contexts: of every wording, for each seed.
+        texts: contexts that only go on, for each seed; 0 = none.
         length: tokens of a context.
         policy: what a local head keeps. The default is the hardest preset: what holds there was
             found to hold with more room as well (docs/heads.md).
@@ -51,16 +58,22 @@ class GreedyOptions:
     start_share: float = 0.10
     step: int = 2
     contexts: int = 6
+    texts: int = 18
     length: int = 2048
     policy: RazorPolicy = field(default_factory=lambda: PRESETS["tight"])
     read_dtype: str | None = None
 
     def __post_init__(self) -> None:
         check_share("greedy start", self.start_share)
-        for name, most in (("step", 10_000), ("contexts", 10_000), ("length", 1 << 24)):
+        for name, least, most in (
+            ("step", 1, 10_000),
+            ("contexts", 1, 10_000),
+            ("texts", 0, 10_000),
+            ("length", 1, 1 << 24),
+        ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise UsageError(f"greedy {name}: expected 1..{most}, found {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise UsageError(f"greedy {name}: expected {least}..{most}, found {value!r}")
         if not self.policy.dropped(self.length):
             raise UsageError(
                 f"greedy length: local heads drop nothing of {self.length} tokens with a window of "
@@ -77,6 +90,7 @@ class GreedyOptions:
             "start_share": self.start_share,
             "step": self.step,
             "contexts": self.contexts,
+            "texts": self.texts,
             "length": self.length,
             "policy": self.policy.to_json(),
             "read_dtype": self.read_dtype,
@@ -88,17 +102,19 @@ class Round:
     """One measurement.
 
     Attributes:
-        heads: chosen when it was taken. loss: mean of the answers' tokens, nats.
-        added: what then joined: (layer, KV head, -d loss / d gate).
+        heads: chosen when it was taken.
+        loss: of each kind of probes: mean KL(dense ‖ these heads), nats a token.
+        added: what then joined: (layer, KV head, -d sum of losses / d gate).
     """
 
     heads: int
-    loss: float
+    loss: Mapping[str, float]
     added: tuple[tuple[int, int, float], ...]
 
     def to_json(self) -> dict[str, Any]:
         added = [[layer, head, float(f"{gain:.4g}")] for layer, head, gain in self.added]
-        return {"heads": self.heads, "loss": round(self.loss, 6), "added": added}
+        loss = {kind: round(value, 6) for kind, value in self.loss.items()}
+        return {"heads": self.heads, "loss": loss, "added": added}
 
 
 @dataclass(frozen=True)
@@ -110,16 +126,14 @@ class GreedyResult:
         scores: float64 [layers, KV heads]: N for the first of N chosen heads … 1 for the last; the
             others keep their last slope, scaled into -0.5 … 0.5.
         rounds: the last one has all N heads and adds none.
-        dense: the loss with every head full.
     """
 
     order: tuple[int, ...]
     scores: np.ndarray
     rounds: tuple[Round, ...]
-    dense: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"dense_loss": round(self.dense, 6), "rounds": [r.to_json() for r in self.rounds]}
+        return {"rounds": [r.to_json() for r in self.rounds]}
 
 
 def greedy_heads(
@@ -148,20 +162,20 @@ def greedy_heads(
 
     what = "dense answers"
     tell(what, 0, len(probes))
-    losses = []
+    dense = []
     for i, probe in enumerate(probes):
-        losses.append(contexts[i].loss(probe, np.ones(shape)))
+        dense.append(contexts[i].predicted(probe))
         tell(what, i + 1, len(probes))
     order, rounds = list(start), []
     while True:
         gates = np.zeros(shape)
         gates.flat[order] = 1
         what = f"greedy, {len(order)} of {count} heads"
-        loss, gain = _slopes(contexts, probes, gates, functools.partial(tell, what))
-        if not (np.isfinite(gain).all() and np.isfinite(loss)):
+        loss, gain = _slopes(contexts, probes, dense, gates, functools.partial(tell, what))
+        if not (np.isfinite(gain).all() and np.isfinite(list(loss.values())).all()):
             raise RazorError(
-                f"greedy: with {len(order)} heads the answers' loss or its slope is not finite; the "
-                f"weights overflow in {dtype}"
+                f"greedy: with {len(order)} heads the loss or its slope is not finite; the weights "
+                f"overflow in {dtype}"
             )
         free = np.where(gates.ravel() == 1, -np.inf, gain.ravel())
         best = np.argsort(-free, kind="stable")[: min(options.step, count - len(order))]
@@ -172,7 +186,7 @@ def greedy_heads(
         order += [int(h) for h in best]
     scores = 0.5 * gain / max(float(np.abs(gain).max()), 1e-30)
     scores.flat[order] = np.arange(len(order), 0, -1)
-    return GreedyResult(tuple(order), scores, tuple(rounds), float(np.mean(losses)))
+    return GreedyResult(tuple(order), scores, tuple(rounds))
 
 
 def _read(
@@ -207,15 +221,17 @@ def _read(
 def _slopes(
     contexts: Sequence[GatedContext],
     probes: Sequence[AnswerProbe],
+    dense: Sequence[Tensor],
     gates: np.ndarray,
     tell: Callable[[int, int], None],
-) -> tuple[float, np.ndarray]:
-    """Mean loss and mean -d loss / d gate over all probes."""
+) -> tuple[dict[str, float], np.ndarray]:
+    """Mean loss of each kind, and the sum over kinds of the mean -d loss / d gate."""
     tell(0, len(probes))
-    losses, total = [], np.zeros(gates.shape)
-    for i, (context, probe) in enumerate(zip(contexts, probes, strict=True)):
-        loss, gain = context.slope(probe, gates)
-        losses.append(loss)
-        total += gain / len(probes)
+    count = Counter(probe.kind for probe in probes)
+    losses, total = dict.fromkeys(count, 0.0), np.zeros(gates.shape)
+    for i, probe in enumerate(probes):
+        loss, gain = contexts[i].slope(probe, gates, dense[i])
+        losses[probe.kind] += loss / count[probe.kind]
+        total += gain / count[probe.kind]
         tell(i + 1, len(probes))
-    return float(np.mean(losses)), total
+    return losses, total
