@@ -244,7 +244,7 @@ def test_needles_of_smollm2() -> None:
         assert len(going_on.answer) == 64
         whole = tokenizer.decode([*going_on.context[-20:].tolist(), *going_on.chunk.tolist()])
         assert " ".join(whole.split())[-80:] in " ".join(
-            load_text("python", "calibration").sentences
+            load_text("stdlib", "calibration").sentences
         )
     assert not np.array_equal(one.context, two.context)
     texts = [tokenizer.decode(p.context.tolist()) for p in probes]

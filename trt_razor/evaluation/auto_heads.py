@@ -279,7 +279,7 @@ def greedy_answers(
             asked = dataclasses.replace(task, needles=3, questions=2, wording=wording)
             probes += _probes(asked, tokenizer, seed)
         if options.texts:
-            going_on = Perplexity((options.length,), options.texts, text=TEXT, part="calibration")
+            going_on = Perplexity((options.length,), options.texts, part="calibration")
             probes += [_going_on(s) for s in going_on.samples(tokenizer, seed)]
         return probes
 
