@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from trt_razor.evaluation.asking import Asked, ask, nearness
+from trt_razor.evaluation.asking import Asked, ask
 from trt_razor.evaluation.methods.interface import METHODS
+from trt_razor.evaluation.nearness import nearness
 from trt_razor.evaluation.runners.interface import Context, Session
 from trt_razor.evaluation.samples import Sample
 from trt_razor.evaluation.tasks.needle import Needle

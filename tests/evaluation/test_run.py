@@ -22,8 +22,9 @@ from eval_doubles import (
 )
 
 from trt_razor.errors import RazorError, UsageError
-from trt_razor.evaluation.asking import ask, nearness
+from trt_razor.evaluation.asking import ask
 from trt_razor.evaluation.config import RunConfig
+from trt_razor.evaluation.nearness import nearness
 from trt_razor.evaluation.records import RECORDS_FILE, Record, RecordFolder, read_records
 from trt_razor.evaluation.run import Summary, run
 from trt_razor.evaluation.samples import Sample, Turn

@@ -94,7 +94,7 @@ def aggregate(records: Sequence[Record], tasks: Sequence[str], methods: Sequence
     rows = []
     for task in tasks:
         for group in groups_of(records, task):
-            by = _by_method(records, task, group)
+            by = by_method(records, task, group)
             dense = by.get(DENSE, [])
             rows += [_row(task, group, m, by[m], dense) for m in methods if m in by]
     return rows
@@ -108,8 +108,8 @@ def compare(
     for a, b in pairs:
         for task in tasks:
             for group in groups_of(records, task):
-                by = _by_method(records, task, group)
-                mine, other = _paired(by.get(a, []), by.get(b, []))
+                by = by_method(records, task, group)
+                mine, other = paired(by.get(a, []), by.get(b, []))
                 if not mine:
                     continue
                 both = [
@@ -136,7 +136,8 @@ def compare(
     return out
 
 
-def _by_method(records: Sequence[Record], task: str, group: str) -> dict[str, list[Record]]:
+def by_method(records: Sequence[Record], task: str, group: str) -> dict[str, list[Record]]:
+    """A group's records of each method."""
     found: dict[str, list[Record]] = {}
     for r in records:
         if r.task == task and group in (r.group, ALL):
@@ -154,7 +155,7 @@ def _row(
         return row
     kept = [r.kv_ratio for r in good if r.kv_ratio is not None]
     scores = [s for r in good for s in r.scores]
-    mine, other = _paired(good, dense) if method != DENSE else ([], [])
+    mine, other = paired(good, dense) if method != DENSE else ([], [])
     nll = _over_tokens(good, "nll")
     return replace(
         row,
@@ -182,7 +183,7 @@ def _over_tokens(records: Sequence[Record], name: str) -> Estimate | None:
     return mean_of(values, [r.context for r in have], [r.tokens for r in have])
 
 
-def _paired(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+def paired(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Records of both methods for the same samples, without errors."""
     other = {r.sample: r for r in b if r.error is None}
     mine = [r for r in a if r.error is None and r.sample in other]

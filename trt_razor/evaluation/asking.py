@@ -6,22 +6,19 @@ method and every kind of sample. So the first answer token, too, is predicted wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from trt_razor.errors import UsageError
 from trt_razor.evaluation.metrics import metric
+from trt_razor.evaluation.nearness import Logits
 from trt_razor.evaluation.runners.interface import Session
 from trt_razor.evaluation.samples import Sample, Turn
 from trt_razor.models.tokenizer import Tokenizer
 
-Logits = npt.NDArray[np.float32]
-ROWS = 64
-"""Rows of logits that are worked on at once: a vocabulary of 150,000 makes each of them large."""
+Follow = Callable[[Logits, Sequence[int]], None]
 
 
 @dataclass
@@ -29,33 +26,32 @@ class Asked:
     """What came of a sample.
 
     Attributes:
+        sample: its id.
         scores: of the scored turns. texts: generated answers, of all generated turns.
         logits: rows [T, vocab] that predict ``targets`` [T]: forced answers of scored turns, then the
-            continuation; in pieces, so that nothing is copied.
+            continuation; in pieces, so that nothing is copied. None of them with ``follow``.
         kv_ratio: after compression; kv_most: the largest seen.
+        follow: see ``ask``.
     """
 
+    sample: str
     scores: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     logits: list[Logits] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     kv_ratio: float = 0.0
     kv_most: float = 0.0
+    follow: Follow | None = None
 
-
-@dataclass(frozen=True)
-class Nearness:
-    """Means over T tokens.
-
-    Attributes:
-        tokens: T. nll: -ln p of the right token. kl: KL(reference ‖ this), nats, None without a
-            reference; agree: share of tokens whose most probable token is the reference's.
-    """
-
-    tokens: int
-    nll: float | None
-    kl: float | None
-    agree: float | None
+    def add(self, rows: Logits, targets: Sequence[int]) -> None:
+        """Rows [T, vocab] that predict ``targets``. Raises UsageError if they are no numbers."""
+        if np.isnan(rows).any():
+            raise UsageError(f"sample {self.sample}: the logits are no numbers (NaN)")
+        self.targets += targets
+        if self.follow is not None:
+            self.follow(rows, targets)
+        else:
+            self.logits.append(rows)
 
 
 def ask(
@@ -65,6 +61,7 @@ def ask(
     scoring: str,
     tokenizer: Tokenizer,
     chunk: int | None = None,
+    follow: Follow | None = None,
 ) -> Asked:
     """Ask a sample of a compressed context. ``session`` itself stays as it is.
 
@@ -73,12 +70,14 @@ def ask(
             of the compression, that prompt's last token.
         scoring: "forced" or "generate"; a turn without ``answer`` is generated either way.
         chunk: continuation tokens fed at once; None = all.
+        follow: gets each piece of logits and its targets at once. Pieces are then not kept: those of
+            a long continuation under several methods would not fit into memory.
 
     Raises:
         UsageError: nothing to feed before an answer, or logits that are no numbers.
     """
     kept = session.kv_ratio()
-    asked = Asked(kv_ratio=kept, kv_most=kept)
+    asked = Asked(sample.id, kv_ratio=kept, kv_most=kept, follow=follow)
     if sample.turns:
         branch, waiting = session.fork(), list(pending)
         for turn in sample.turns:
@@ -94,16 +93,13 @@ def ask(
         branch = session.fork()
         following = list(sample.continuation)
         feed = [*pending, *following[:-1]]
-        skip = len(feed) - len(following)
+        skip, before = len(feed) - len(following), len(asked.targets)
         size = len(feed) if chunk is None else chunk
         for start in range(0, len(feed), size):
             rows = branch.feed(feed[start : start + size])
-            asked.logits.append(rows[max(0, skip - start) :])
+            rows = rows[max(0, skip - start) :]
+            asked.add(rows, following[len(asked.targets) - before :][: len(rows)])
             asked.kv_most = max(asked.kv_most, branch.kv_ratio())
-        asked.targets += following
-    for rows in asked.logits:
-        if np.isnan(rows).any():
-            raise UsageError(f"sample {sample.id}: the logits are no numbers (NaN)")
     return asked
 
 
@@ -117,8 +113,7 @@ def _forced(session: Session, feed: list[int], turn: Turn, asked: Asked) -> list
             not asked.texts
         ):  # after an answer of its own a method is in another conversation than dense
             # A copy: the rows of a long prompt are not kept for the few behind it.
-            asked.logits.append(logits.copy())
-            asked.targets += answer
+            asked.add(logits.copy(), answer)
     return answer[-1:]
 
 
@@ -144,58 +139,3 @@ def _generated(
     if turn.scored:
         asked.scores.append(float(metric(turn.metric)(text, turn.references)))
     return waiting
-
-
-def nearness(
-    logits: Sequence[Logits], targets: Sequence[int], reference: Sequence[Logits] | None
-) -> Nearness:
-    """How well ``logits`` predict ``targets``, and how near they are to the dense model's.
-
-    Args:
-        logits, reference: pieces [T_i, vocab] of the same T rows; None = there is no dense model.
-
-    Raises:
-        UsageError: the two have other shapes (an engine with another vocabulary).
-    """
-    count = len(targets)
-    if count == 0:
-        return Nearness(0, None, None, None)
-    nll = kl = 0.0
-    agree = done = 0
-    for rows, base in _blocks(logits, reference):
-        if base is not None and base.shape != rows.shape:
-            raise UsageError(
-                f"logits: expected {base.shape[1]} for each token, as the dense model has, found "
-                f"{rows.shape[1]}"
-            )
-        log_q = _log_softmax(rows)
-        right = np.asarray(targets[done : done + len(rows)])
-        nll -= float(log_q[np.arange(len(rows)), right].sum(dtype=np.float64))
-        done += len(rows)
-        if base is not None:
-            log_p = _log_softmax(base)
-            p = np.exp(log_p)
-            with np.errstate(invalid="ignore"):
-                terms = np.where(p > 0, p * (log_p - log_q), 0)  # -inf: a padded vocabulary
-            kl += float(terms.sum(dtype=np.float64))
-            agree += int((rows.argmax(1) == base.argmax(1)).sum())
-    if reference is None:
-        return Nearness(count, nll / count, None, None)
-    # Rounding can put it a hair below zero.
-    return Nearness(count, nll / count, max(0.0, kl / count), agree / count)
-
-
-def _blocks(
-    logits: Sequence[Logits], reference: Sequence[Logits] | None
-) -> Iterator[tuple[Logits, Logits | None]]:
-    for i, rows in enumerate(logits):
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
-            yield rows[part], None if reference is None else reference[i][part]
-
-
-def _log_softmax(rows: Logits) -> npt.NDArray[Any]:
-    """[T, vocab] float32; the sum is taken in float64."""
-    shifted = rows - rows.max(axis=1, keepdims=True)
-    total = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
-    return shifted - np.log(total).astype(np.float32)

@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trt_razor.errors import RazorError, UsageError, did_you_mean
-from trt_razor.evaluation.asking import Asked, ask, nearness
+from trt_razor.evaluation.asking import Asked, ask
 from trt_razor.evaluation.methods.dense import Dense
 from trt_razor.evaluation.methods.interface import Kept, Read
 from trt_razor.evaluation.methods.razor import razor_caches
+from trt_razor.evaluation.nearness import nearness
 from trt_razor.evaluation.runners.interface import Context, Runner
 from trt_razor.evaluation.samples import Sample
 from trt_razor.evaluation.statistics import wilson

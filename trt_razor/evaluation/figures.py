@@ -1,4 +1,4 @@
-"""Pictures of a run: needle grids, accuracy and KL against what is kept of the KV cache."""
+"""Pictures of a run: needle grids, accuracy and KL against what is kept, KL behind the context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import numpy as np
 from trt_razor.errors import MissingExtra
 from trt_razor.evaluation.aggregate import ALL, Row
 from trt_razor.evaluation.config import DENSE
+from trt_razor.evaluation.curves import Curve
+from trt_razor.evaluation.nearness import SPAN
 from trt_razor.evaluation.records import Record
+from trt_razor.evaluation.statistics import Estimate
 from trt_razor.files import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -30,7 +33,11 @@ TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 60, 100)
 
 
 def draw_figures(
-    rows: Sequence[Row], records: Sequence[Record], names: Mapping[str, str], folder: Path
+    rows: Sequence[Row],
+    followed: Sequence[Curve],
+    records: Sequence[Record],
+    names: Mapping[str, str],
+    folder: Path,
 ) -> list[str]:
     """Write a run's PNGs into ``folder``, atomically; returns their names.
 
@@ -57,6 +64,7 @@ def draw_figures(
         save(needle_grid(task, [r for r in records if r.task == task], list(names)), f"{task}-grid")
         save(against_kept(task, mine, names, "score"), f"{task}-accuracy")
         save(against_kept(task, mine, names, "kl"), f"{task}-kl")
+        save(behind(task, [c for c in followed if c.task == task], list(names)), f"{task}-curve")
     return written
 
 
@@ -151,38 +159,20 @@ def against_kept(
     methods = [m for m in names if any(r.method == m for r in shown)]
     if not any(m != DENSE for m in methods):
         return None
-    columns = min(4, len(groups))
-    lines = math.ceil(len(groups) / columns)
     styles = _styles(methods, names)
-    # The legend stands below in as many columns as fit: no label ever lies on another.
-    across = max(
-        1, int((columns * 3.4 + 0.6) * 10.5 / (8 + max(len(_short(m, 34)) for m in methods)))
-    )
-    legend_height = 0.24 * math.ceil(len(methods) / across) + 0.2
-    figure = _figure((columns * 3.4 + 0.6, lines * 2.9 + 0.7 + legend_height))
     title = "score" if what == "score" else "KL(dense ‖ method)"
-    end = ", " if columns > 1 else "\n"
-    figure.suptitle(f"{_short(task, 40)}: {title}{end}95 % intervals", fontsize=10)
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for i, ax in enumerate(axes.flat):
-        if i >= len(groups):
-            ax.set_axis_off()
-            continue
-        here = [r for r in shown if r.group == groups[i]]
+    figure, axes = _panels(f"{_short(task, 40)}: {title}", groups, styles, 3.4)
+    for group, ax in zip(groups, axes, strict=True):
+        here = [r for r in shown if r.group == group]
         for row, x in _side_by_side(here, [r for r in shown if r.kv_ratio]):
             _point(ax, row, x, what, styles[row.method])
-        ax.set_title(_group_title(groups[i]), fontsize=9)
         ax.set_xlabel("KV cache kept (dense: 100%)", fontsize=8)
-    _scales(axes.flat[0], shown, what)
-    for ax in axes.flat:
-        ax.grid(which="major", color="#e6e6e6", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.tick_params(labelsize=7, labelbottom=True)
+    _kept_scale(axes[0], shown)
+    if what == "score":
+        axes[0].set_ylim(-0.03, 1.03)
+    else:
+        _kl_scale(axes[0], [r.kl for r in shown if r.kl])
     figure.supylabel("mean score" if what == "score" else "KL in nats per token", fontsize=9)
-    handles = [_handle(m, styles[m]) for m in methods]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=across, fontsize=7, frameon=False
-    )
     return figure
 
 
@@ -246,8 +236,8 @@ def _styles(methods: Sequence[str], names: Mapping[str, str]) -> dict[str, dict[
     return styles
 
 
-def _scales(ax: Axes, rows: Sequence[Row], what: str) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+def _kept_scale(ax: Axes, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     kept = [100 * r.kv_ratio for r in rows if r.kv_ratio]
     # At least a factor of two: a few points side by side would leave no room for the ticks.
@@ -261,15 +251,87 @@ def _scales(ax: Axes, rows: Sequence[Row], what: str) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}%"))
-    if what == "score":
-        ax.set_ylim(-0.03, 1.03)
-    else:
-        ax.set_yscale("log")
-        values = [v for r in rows if r.kl for v in (r.kl.low, r.kl.mean, r.kl.high) if v]
-        wide = bool(values) and max(values) > 300 * min(values)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+# Behind the context -------------------------------------------------------------------------------
+def behind(task: str, followed: Sequence[Curve], methods: Sequence[str]) -> Figure | None:
+    """KL (log axis) over the tokens since the compression, a panel a group, with 95 % bands.
+
+    Args:
+        methods: labels, in the order of the legend; each has a colour of its own.
+    """
+    followed = [c for c in followed if c.group != ALL]
+    methods = [m for m in methods if any(c.method == m for c in followed)]
+    if not methods:
+        return None
+    groups = list(dict.fromkeys(c.group for c in followed))
+    styles = _styles(methods, {m: m for m in methods})
+    figure, axes = _panels(f"{_short(task, 40)}: KL(dense ‖ method)", groups, styles, 4.6)
+    for group, ax in zip(groups, axes, strict=True):
+        for curve in (c for c in followed if c.group == group):
+            _line(ax, curve, styles[curve.method])
+        ax.set_xlabel(f"tokens behind the context (means of {SPAN})", fontsize=8)
+    most = max(len(c.kl) for c in followed)
+    axes[0].set_xlim(0, most * SPAN)
+    step = SPAN * math.ceil(most / 4)
+    axes[0].set_xticks(range(0, most * SPAN + 1, step))
+    _kl_scale(axes[0], [e for c in followed for e in c.kl])
+    figure.supylabel("KL in nats per token", fontsize=9)
+    return figure
+
+
+def _line(ax: Axes, curve: Curve, style: dict[str, Any]) -> None:
+    x = [(i + 0.5) * SPAN for i in range(len(curve.kl))]
+    # Equal to dense: no place on a log axis.
+    y = [e.mean if e.mean > 0 else math.nan for e in curve.kl]
+    if all(e.low is not None and e.high is not None for e in curve.kl):
+        low = [max(e.low or 0.0, e.mean / 1e3) for e in curve.kl]
+        high = [e.high or 0.0 for e in curve.kl]
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    ax.plot(x, y, linewidth=1.2, markersize=4.5, markeredgewidth=0.5, **style)
+
+
+# Both ---------------------------------------------------------------------------------------------
+def _panels(
+    title: str, groups: Sequence[str], styles: Mapping[str, dict[str, Any]], width: float
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel a group, all with the same axes, and a legend below."""
+    columns = min(4, len(groups))
+    lines = math.ceil(len(groups) / columns)
+    size = columns * width + 0.6
+    # The legend stands below in as many columns as fit: no label ever lies on another.
+    across = max(1, int(size * 10.5 / (8 + max(len(_short(m, 34)) for m in styles))))
+    legend_height = 0.24 * math.ceil(len(styles) / across) + 0.2
+    figure = _figure((size, lines * 2.9 + 0.7 + legend_height))
+    end = ", " if columns > 1 else "\n"
+    figure.suptitle(f"{title}{end}95 % intervals", fontsize=10)
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for ax in axes[len(groups) :]:
+        ax.set_axis_off()
+    for group, ax in zip(groups, axes, strict=False):
+        ax.set_title(_group_title(group), fontsize=9)
+        ax.grid(which="major", color="#e6e6e6", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=7, labelbottom=True)
+    figure.legend(
+        handles=[_handle(m, style) for m, style in styles.items()],
+        loc="outside lower center",
+        ncols=across,
+        fontsize=7,
+        frameon=False,
+    )
+    return figure, axes[: len(groups)]
+
+
+def _kl_scale(ax: Axes, estimates: Sequence[Estimate]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    values = [v for e in estimates for v in (e.low, e.mean, e.high) if v]
+    wide = bool(values) and max(values) > 300 * min(values)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
 def _handle(label: str, style: dict[str, Any]) -> Any:

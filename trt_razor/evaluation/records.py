@@ -52,9 +52,11 @@ class Record:
         texts: what was generated, if it was.
         tokens: predicted tokens that nll (mean, nats), kl (mean over tokens of KL(dense ‖ method),
             nats) and agree (share of tokens with the dense model's most probable one) are taken over.
-        seconds: compressing (shared by the context's samples) and asking.
+        seconds: compressing (shared by the context's samples), asking and comparing.
         read_seconds: reading the context (shared by its samples; equal for all methods).
         error: why there are no results.
+        nll_curve, kl_curve: nll and kl of each whole span (``nearness.SPAN`` tokens) of a continuation
+            of at least two; else empty.
     """
 
     task: str
@@ -76,6 +78,8 @@ class Record:
     read_seconds: float = 0.0
     error: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    nll_curve: list[float] = field(default_factory=list)
+    kl_curve: list[float] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, str, str]:

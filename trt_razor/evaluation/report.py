@@ -13,7 +13,9 @@ from typing import Any
 from trt_razor.errors import RazorError
 from trt_razor.evaluation.aggregate import ALL, Row, aggregate, compare, settings_of
 from trt_razor.evaluation.config import DENSE, ENGINE
+from trt_razor.evaluation.curves import Curve, curves
 from trt_razor.evaluation.figures import draw_figures
+from trt_razor.evaluation.nearness import SPAN
 from trt_razor.evaluation.records import Record, read_records, read_run
 from trt_razor.files import write_text_atomic
 
@@ -47,8 +49,9 @@ def write_report(folder: Path, comparisons: Sequence[Sequence[str]] | None = Non
     rows = aggregate(records, tasks, list(names))
     pairs = config.get("compare") or [] if comparisons is None else comparisons
     compared = compare(records, tasks, pairs)
+    followed = curves(records, tasks, list(names))
     remove_report(folder)
-    figures = draw_figures(rows, records, names, folder)
+    figures = draw_figures(rows, followed, records, names, folder)
     results = {
         "run": about["run"],
         "config": config,
@@ -59,12 +62,13 @@ def write_report(folder: Path, comparisons: Sequence[Sequence[str]] | None = Non
         "query_aware": about.get("query_aware", []),
         "errors": errors_of(records),
         "results": [r.to_json() for r in rows],
+        "curves": [c.to_json() for c in followed],
         "compare": compared,
         "figures": figures,
     }
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     write_text_atomic(folder / RESULTS_FILE, text + "\n")
-    write_text_atomic(folder / REPORT_FILE, _markdown(results, rows))
+    write_text_atomic(folder / REPORT_FILE, _markdown(results, rows, followed))
     return folder / REPORT_FILE
 
 
@@ -100,7 +104,7 @@ def _seconds(records: Sequence[Record]) -> float:
 
 
 # Markdown -----------------------------------------------------------------------------------------
-def _markdown(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def _markdown(results: Mapping[str, Any], rows: Sequence[Row], followed: Sequence[Curve]) -> str:
     config = results["config"]
     lines = [f"# {config['name']}", "", *_about(results), "", "## Methods", "", *_methods(results)]
     for task in dict.fromkeys(r.task for r in rows):
@@ -110,9 +114,10 @@ def _markdown(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
             here = [r for r in mine if r.group == group]
             title = "all groups" if group == ALL else _cell(group)
             lines += [f"### {title}", "", *_group(here, results["query_aware"]), ""]
+            lines += _curves([c for c in followed if (c.task, c.group) == (task, group)])
         base = re.sub(r"[^a-z0-9.-]+", "-", task.lower()).strip("-.")
         for figure in results["figures"]:
-            if re.fullmatch(re.escape(base) + r"-(grid|accuracy|kl)(-\d+)?\.png", figure):
+            if re.fullmatch(re.escape(base) + r"-(grid|accuracy|kl|curve)(-\d+)?\.png", figure):
                 lines += [f"![{figure[:-4]}]({figure})", ""]
     if results["compare"]:
         lines += ["## Compared", "", *_compared(results["compare"]), ""]
@@ -123,7 +128,7 @@ def _markdown(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
             f"sample{'s' * (e['samples'] > 1)}: {_cell(e['reason'])}"
             for e in results["errors"]
         ]
-    lines += ["", *_notes(rows)]
+    lines += ["", *_notes(rows, followed)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -191,6 +196,30 @@ def _group(rows: Sequence[Row], query_aware: Sequence[str]) -> list[str]:
     return _table(["method", *shown], body)
 
 
+def _curves(here: Sequence[Curve]) -> list[str]:
+    """One group's tables over the text behind the context: KL, and NLL less the dense model's."""
+    if not here:
+        return []
+    most = max(len(c.kl) for c in here)
+    head = [f"{i * SPAN + 1:,} – {(i + 1) * SPAN:,}" for i in range(most)]
+    lines = []
+    for title, form, values, last in (
+        ("KL by tokens behind the context [95 %]", ".3g", [c.kl for c in here], True),
+        ("NLL less dense's, same tokens [95 %]", "+.3f", [c.nll for c in here], False),
+    ):
+        body = [
+            [
+                c.method,
+                *(_plain(e, form) for e in v),
+                *[""] * (most - len(v)),
+                *([_plain(c.change, ".2f")] if last else []),
+            ]
+            for c, v in zip(here, values, strict=True)
+        ]
+        lines += [title, "", *_table(["method", *head, *["last : first"] * last], body), ""]
+    return lines
+
+
 def _compared(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     body = []
     for c in pairs:
@@ -211,7 +240,7 @@ def _compared(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     return _table(head, body, numbers=4)
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[Row], followed: Sequence[Curve]) -> list[str]:
     kinds = Counter(r.score.interval for r in rows if r.score)
     notes = [
         "KV kept: bits of the cache after compression over those of a dense 16-bit one, mean over "
@@ -223,6 +252,12 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if kinds["wilson"]:
         notes.append("Accuracies have Wilson's interval, all else the bootstrap's (4,000 draws).")
     notes.append("KL: KL(dense ‖ method), nats per predicted token.")
+    if followed:
+        notes.append(
+            "By tokens behind the context: the first of them is predicted right after the "
+            "compression; last : first is the ratio of the two spans' KL. Spans are different "
+            "text: compare methods in a span, and each method's change with the others'."
+        )
     notes.append("Pictures: methods with nearly equal KV stand side by side.")
     if any(r.errors for r in rows):
         notes.append("n (+ e): e samples that the method refused; they are in no mean.")

@@ -15,11 +15,12 @@ from typing import Any
 
 from trt_razor.errors import MissingExtra, RazorError, UsageError
 from trt_razor.evaluation import environment
-from trt_razor.evaluation.asking import Asked, Logits, ask, nearness
+from trt_razor.evaluation.asking import Asked, ask
 from trt_razor.evaluation.config import DENSE, ENGINE, RunConfig
+from trt_razor.evaluation.nearness import Logits, Meter, Nearness, nearness
 from trt_razor.evaluation.plan import Wanted, contexts, plan, trials_of
 from trt_razor.evaluation.records import Record, RecordFolder
-from trt_razor.evaluation.runners.interface import Context, Runner
+from trt_razor.evaluation.runners.interface import Context, Runner, Session
 from trt_razor.evaluation.samples import Sample
 
 Progress = Callable[[str, int, int], None]
@@ -238,21 +239,37 @@ class _OneContext:
         for sample in samples:
             start = time.perf_counter()
             try:
-                asked = ask(
-                    session,
-                    last,
-                    sample if question is None else question,
-                    self.config.scoring,
-                    lane.runner.tokenizer,
-                    self.config.chunk,
-                )
+                asking = sample if question is None else question
+                asked, near = self._measured(lane, session, last, asking)
                 seconds = shared + time.perf_counter() - start
-                record = self._record(lane, sample, asked, seconds, read / len(samples))
+                record = self._record(lane, sample, asked, near, seconds, read / len(samples))
             except UsageError as e:
                 self._check(lane, e)
                 record = self._failed(lane, sample, e)
             if lane.label in self.pending[sample.id]:
                 yield record
+
+    def _measured(
+        self, lane: Lane, session: Session, last: list[int], sample: Sample
+    ) -> tuple[Asked, Nearness]:
+        """Ask and compare. Only the dense model's logits are kept, until the context is done."""
+        dense = lane is self.reference_lane
+        # Generated answers differ from the dense model's; only equal tokens can be compared.
+        meter = Meter(self.reference.get(sample.id))
+        asked = ask(
+            session,
+            last,
+            sample,
+            self.config.scoring,
+            lane.runner.tokenizer,
+            self.config.chunk,
+            None if dense else meter.add,
+        )
+        following = len(sample.continuation)
+        if not dense:
+            return asked, meter.result(following)
+        self.reference[sample.id] = asked.logits
+        return asked, nearness(asked.logits, asked.targets, asked.logits, following)
 
     def _context(self, lane: Lane) -> Context:
         """The context, read once for all lanes of a runner."""
@@ -271,13 +288,14 @@ class _OneContext:
             raise RazorError(f"task {self.task}: the dense model: {e}") from None
 
     def _record(
-        self, lane: Lane, sample: Sample, asked: Asked, seconds: float, read_seconds: float
+        self,
+        lane: Lane,
+        sample: Sample,
+        asked: Asked,
+        near: Nearness,
+        seconds: float,
+        read_seconds: float,
     ) -> Record:
-        if lane is self.reference_lane:
-            self.reference[sample.id] = asked.logits
-        # Generated answers differ from the dense model's; only equal tokens can be compared.
-        base = self.reference.get(sample.id) if self.reference_lane is not None else None
-        near = nearness(asked.logits, asked.targets, base)
         scores = asked.scores
         return Record(
             **self._about(lane, sample),
@@ -290,6 +308,8 @@ class _OneContext:
             nll=near.nll,
             kl=near.kl,
             agree=near.agree,
+            nll_curve=list(near.nll_curve),
+            kl_curve=list(near.kl_curve),
             seconds=round(seconds, 6),
             read_seconds=round(read_seconds, 6),
         )
