@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ examples:
 """
 OUTPUT = Path("evaluations")
 """Where results go without --output, in a folder of the run's name."""
+MOST_JOBS = 64
 RUNS = Path(__file__).parent / "evaluation" / "runs"
 
 
@@ -56,6 +58,12 @@ def add_command(commands: Any) -> None:
     p.add_argument("--retry", action="store_true", help="try again what failed, keep the rest")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each group")
     p.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="contexts at the same time, each in a process with its own copy of the model (default: 1)",
+    )
+    p.add_argument(
         "--report", type=Path, metavar="DIR", help="write the report of these results again"
     )
     p.add_argument(
@@ -76,9 +84,13 @@ def run_eval(args: argparse.Namespace) -> int:
         raise UsageError("expected one of RUN.yaml, --report DIR, --agreement ENGINE, --list")
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit: expected at least 1, found {args.limit}")
+    if args.jobs is not None and not 1 <= args.jobs <= MOST_JOBS:
+        raise UsageError(f"--jobs: expected 1 to {MOST_JOBS}, found {args.jobs}")
     if args.restart and args.retry:
         raise UsageError("--restart forgets everything, --retry only what failed; give one of them")
     if args.list:
+        if args.jobs is not None:
+            raise UsageError("--jobs: --list computes nothing")
         return _list()
     if args.report is not None:
         return _report(args)
@@ -119,7 +131,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.retry:
             say(f"{output.drop_errors()} failed results are tried again")
         try:
-            summary = _compute(config, output, args.limit)
+            summary = _compute(config, output, args.limit, args.jobs or 1)
         except KeyboardInterrupt:
             say(f"{len(output.records)} results are kept in {folder}; the same command goes on")
             raise
@@ -131,13 +143,16 @@ def _run(args: argparse.Namespace) -> int:
     return _name_errors(summary)
 
 
-def _compute(config: RunConfig, output: RecordFolder, limit: int | None) -> Summary:
+def _compute(config: RunConfig, output: RecordFolder, limit: int | None, jobs: int) -> Summary:
     from trt_razor.evaluation.run import lanes_of, open_runners, run
+    from trt_razor.evaluation.workers import Workers
 
-    with Bars() as bars:
-        lanes = lanes_of(config, *open_runners(config))
+    with Bars() as bars, ExitStack() as stack:
+        workers = stack.enter_context(Workers(config, jobs)) if jobs > 1 else None
+        lanes = lanes_of(config, *(workers.runners if workers else open_runners(config)))
         say(", ".join(dict.fromkeys(lane.runner.label for lane in lanes)))
-        return run(config, lanes, output, bars, say, limit)
+        compute = workers.records if workers else None
+        return run(config, lanes, output, bars, say, limit, compute)
 
 
 def _name_errors(summary: Summary) -> int:
@@ -163,7 +178,7 @@ def _folder_name(config: RunConfig, model: str | None) -> str:
 def _report(args: argparse.Namespace) -> int:
     from trt_razor.evaluation.report import write_report
 
-    for name in ("output", "restart", "retry", "limit", "model", "device"):
+    for name in ("output", "restart", "retry", "limit", "jobs", "model", "device"):
         if getattr(args, name):
             raise UsageError(f"--{name}: --report takes a results folder alone")
     out.print(str(write_report(args.report)), markup=False)
@@ -178,7 +193,7 @@ AGREE = 0.99
 def _agreement(args: argparse.Namespace) -> int:
     from trt_razor.evaluation.agreement import AgreementOptions, measure
 
-    for name in ("output", "restart", "retry", "limit", "device"):
+    for name in ("output", "restart", "retry", "limit", "jobs", "device"):
         if getattr(args, name):
             raise UsageError(f"--{name}: --agreement takes an engine and --model")
     folder = args.model is not None and Path(args.model).exists()

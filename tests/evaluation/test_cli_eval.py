@@ -65,6 +65,13 @@ def refused(capsys: Capture, code: int, words: str, *argv: object) -> None:
     (["no/quick.yaml"], "no/quick.yaml: no such file"),
     (["quick", "--limit", "0"], "--limit: expected at least 1"),
     (["quick", "--limit", "x"], "--limit: invalid int value"),
+    (["quick", "--jobs", "0"], "--jobs: expected 1 to 64, found 0"),
+    (["quick", "--jobs", "-1"], "--jobs: expected 1 to 64, found -1"),
+    (["quick", "--jobs", "1000"], "--jobs: expected 1 to 64, found 1000"),
+    (["quick", "--jobs", "two"], "--jobs: invalid int value"),
+    (["--list", "--jobs", "2"], "--jobs: --list computes nothing"),
+    (["--report", "x", "--jobs", "2"], "--jobs: --report takes a results folder alone"),
+    (["--agreement", "x", "--jobs", "2"], "--jobs: --agreement takes an engine and --model"),
     (["quick", "--restart", "--retry"], "give one of them"),
     (["--report", "no-such-folder"], "no results of trt-razor eval there"),
     (["--report", "x", "--restart"], "--restart: --report takes a results folder alone"),
@@ -73,6 +80,7 @@ def refused(capsys: Capture, code: int, words: str, *argv: object) -> None:
     (["quick", "--agreement", "x"], "expected one of"),
     (["quick", "--model", "smolm2-135m"], "did you mean .*smollm2-135m"),
     (["quick", "--device", "nodevice"], "device: nodevice: not usable here"),
+    (["quick", "--device", "nodevice", "--jobs", "2"], "device: nodevice: not usable here"),
 ])  # fmt: skip
 def test_wrong_use(
     argv: list[str], words: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

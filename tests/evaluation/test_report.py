@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.evaluation.aggregate import aggregate, compare, groups_of
 from trt_razor.evaluation.environment import cpu_name
 from trt_razor.evaluation.figures import against_kept, needle_grid, unique
-from trt_razor.evaluation.records import Record, RecordFolder
+from trt_razor.evaluation.records import RUN_FILE, Record, RecordFolder
 from trt_razor.evaluation.report import write_report
 
 METHODS = ["dense", "razor", "razor $x_1$ | none", "h2o"]
@@ -69,6 +70,33 @@ def test_numbers_of_a_row() -> None:
     assert razor.perplexity_ratio.mean == pytest.approx(math.exp(0.35))
     assert (razor.samples, razor.contexts, razor.errors, razor.tokens) == (8, 4, 0, 32)
     assert razor.seconds == 8
+
+
+def test_the_order_of_records_does_not_matter(tmp_path: Path) -> None:
+    """Several processes write them as they come: sums and bootstraps are the same to the last digit."""
+    records = [
+        needle(m, i, float((i + len(m)) % 3 != 0), 0.0 if m == "dense" else 0.1 / (i + 3), group)
+        for group in ("1024", "512")
+        for i in range(12)
+        for m in ("dense", "h2o")
+    ]
+    records = [dataclasses.replace(r, group=f"g{r.group}") for r in records]
+    found = []
+    for order in range(3):
+        random.Random(order).shuffle(records)
+        write(tmp_path, records, ["dense", "h2o"], compare=[["h2o", "dense"]])
+        about = json.loads((tmp_path / RUN_FILE).read_text(encoding="utf-8"))
+        about["groups"] = {"needle": ["g1024", "g512"]}
+        (tmp_path / RUN_FILE).write_text(json.dumps(about), encoding="utf-8")
+        write_report(tmp_path)
+        found.append(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
+    assert found[1:] == found[:1] * 2
+    assert [r["group"] for r in found[0]["results"][::2]] == ["g1024", "g512", "all"]
+    for groups in (None, [], {"needle": 3}):  # of an older version, or damaged
+        (tmp_path / RUN_FILE).write_text(json.dumps({**about, "groups": groups}), encoding="utf-8")
+        write_report(tmp_path)
+        other = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+        assert [r["group"] for r in other["results"][::2]] == ["g512", "g1024", "all"]
 
 
 def test_means_are_over_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,6 +80,43 @@ class Row:
             k: v.to_json() if isinstance(v, (Estimate, Difference)) else v
             for k, v in self.__dict__.items()
         }
+
+
+def in_order(
+    records: Sequence[Record],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+) -> list[Record]:
+    """Records as their run plans them, in whatever order they were written.
+
+    Sums and bootstraps of the same records are then the same to the last digit.
+
+    Args:
+        tasks, methods: labels in their order; unknown ones come last.
+        groups: those of each task in their order; unknown ones come last, by their names.
+    """
+    task_at, method_at = ({label: i for i, label in enumerate(x)} for x in (tasks, methods))
+    group_at = {(task, g): i for task, names in groups.items() for i, g in enumerate(names)}
+
+    def place(r: Record) -> tuple[Any, ...]:
+        return (
+            task_at.get(r.task, len(task_at)),
+            r.task,
+            group_at.get((r.task, r.group), len(group_at)),
+            _natural(r.group),
+            _natural(r.context),
+            _natural(r.sample),
+            method_at.get(r.method, len(method_at)),
+            r.method,
+        )
+
+    return sorted(records, key=place)
+
+
+def _natural(name: str) -> list[Any]:
+    """For sorting: 9 before 10. Every second part is a number."""
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d{1,18})", name))]
 
 
 def groups_of(records: Sequence[Record], task: str) -> list[str]:

@@ -18,13 +18,14 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A sample and its number in its group, from 0; ``cost``: tokens, for the time left."""
+    """A sample and its number in its ``group``, from 0; ``cost``: tokens, for the time left."""
 
     task: str
     sample: str
     context: str
     number: int
     cost: float
+    group: str
 
     def keys(self, labels: Sequence[str], trials: dict[str, int | None]) -> list[Key]:
         """Under which methods it is asked."""
@@ -37,6 +38,14 @@ class Wanted:
 
 def trials_of(methods: Sequence[MethodEntry]) -> dict[str, int | None]:
     return {m.label: m.trials for m in methods}
+
+
+def groups_of(wanted: Sequence[Wanted]) -> dict[str, list[str]]:
+    """Task label → its groups as they come."""
+    found: dict[str, dict[str, None]] = {}
+    for w in wanted:
+        found.setdefault(w.task, {})[w.group] = None
+    return {task: list(groups) for task, groups in found.items()}
 
 
 def contexts(
@@ -76,7 +85,8 @@ def contexts(
             numbers[sample.group] += 1
             if limit is None or number < limit:
                 cost = len(sample.context) / len(samples) + _following(sample)
-                chosen.append((sample, Wanted(entry.label, sample.id, context_id, number, cost)))
+                wanted = Wanted(entry.label, sample.id, context_id, number, cost, sample.group)
+                chosen.append((sample, wanted))
         if chosen:
             yield chosen
 

@@ -181,15 +181,22 @@ class RecordFolder:
             "environments": environments,
             "planned": 0 if old is None else old.get("planned", 0),
             "query_aware": [] if old is None else old.get("query_aware", []),
+            "groups": {} if old is None else old.get("groups", {}),
         }
         self._write_run()
 
-    def describe(self, environment: dict[str, Any], planned: int, query_aware: list[str]) -> None:
-        """Say where the run is computed, how many records make it complete, and which methods see the
-        first question before they compress."""
+    def describe(
+        self,
+        environment: dict[str, Any],
+        planned: int,
+        query_aware: list[str],
+        groups: dict[str, list[str]] | None = None,
+    ) -> None:
+        """Say where the run is computed, how many records make it complete, which methods see the
+        first question before they compress, and each task's groups in their order."""
         if environment not in self._about["environments"]:
             self._about["environments"].append(environment)
-        self._about |= {"planned": planned, "query_aware": query_aware}
+        self._about |= {"planned": planned, "query_aware": query_aware, "groups": groups or {}}
         self._write_run()
 
     def _write_run(self) -> None:

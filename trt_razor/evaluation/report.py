@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_razor.errors import RazorError
-from trt_razor.evaluation.aggregate import ALL, Row, aggregate, compare, settings_of
+from trt_razor.evaluation.aggregate import ALL, Row, aggregate, compare, in_order, settings_of
 from trt_razor.evaluation.config import DENSE, ENGINE
 from trt_razor.evaluation.curves import Curve, curves
 from trt_razor.evaluation.figures import draw_figures
@@ -46,6 +46,7 @@ def write_report(folder: Path, comparisons: Sequence[Sequence[str]] | None = Non
         ) from None
     if config.get("engine") is not None:
         names[ENGINE] = ENGINE
+    records = in_order(records, tasks, list(names), _groups(about))
     rows = aggregate(records, tasks, list(names))
     pairs = config.get("compare") or [] if comparisons is None else comparisons
     compared = compare(records, tasks, pairs)
@@ -93,6 +94,14 @@ def errors_of(records: Sequence[Record]) -> list[dict[str, Any]]:
         {"task": task, "method": method, "samples": len(reasons), "reason": reasons[0]}
         for (task, method), reasons in found.items()
     ]
+
+
+def _groups(about: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Each task's groups in the order of the run; older results do not have them."""
+    groups = about.get("groups")
+    if not isinstance(groups, dict) or not all(isinstance(v, list) for v in groups.values()):
+        return {}
+    return {str(task): [str(g) for g in names] for task, names in groups.items()}
 
 
 def _seconds(records: Sequence[Record]) -> float:

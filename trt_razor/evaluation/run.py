@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trt_razor.evaluation import environment
 from trt_razor.evaluation.asking import Asked, ask
 from trt_razor.evaluation.config import DENSE, ENGINE, RunConfig
 from trt_razor.evaluation.nearness import Logits, Meter, Nearness, nearness
-from trt_razor.evaluation.plan import Wanted, contexts, plan, trials_of
+from trt_razor.evaluation.plan import contexts, groups_of, plan, trials_of
 from trt_razor.evaluation.records import Record, RecordFolder
 from trt_razor.evaluation.runners.interface import Context, Runner, Session
 from trt_razor.evaluation.samples import Sample
@@ -42,6 +42,25 @@ class Lane:
     @property
     def query_aware(self) -> bool:
         return bool(getattr(self.method, "query_aware", False))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is computed in one piece: a context, and the records of it that are missing.
+
+    Attributes:
+        task: label.
+        samples: all of the context that the run asks.
+        pending: sample id → labels of the methods that miss it.
+    """
+
+    task: str
+    samples: Sequence[Sample]
+    pending: Mapping[str, Sequence[str]]
+
+
+Compute = Callable[[Iterator[Unit]], Iterator[Record]]
+"""Records of units, those of one unit in order; units are taken as they are needed."""
 
 
 @dataclass
@@ -124,12 +143,14 @@ def run(
     progress: Progress,
     say: Say,
     limit: int | None = None,
+    compute: Compute | None = None,
 ) -> Summary:
     """Compute what ``output`` lacks.
 
     Args:
         lanes: of ``lanes_of``; the first is the dense model, unless there is only an engine.
         limit: only the first so many samples of each group.
+        compute: who makes the records (``workers.Workers.records``); None: ``lanes``, here.
 
     Raises:
         UsageError: a task cannot make its samples. RazorError: the dense model failed, or the results
@@ -144,35 +165,80 @@ def run(
         environment.describe([lane.runner.label for lane in lanes]),
         len(keys),
         [lane.label for lane in lanes if lane.query_aware],
+        groups_of(wanted),
     )
     summary = Summary(known=len(keys & output.records.keys()))
     if summary.known:
         say(f"{summary.known} of {len(keys)} results are there already")
 
-    def missing(w: Wanted) -> list[str]:
-        return [k[2] for k in w.keys(labels, trials) if k not in output.records]
+    missing = {
+        (w.task, w.sample): [k[2] for k in w.keys(labels, trials) if k not in output.records]
+        for w in wanted
+    }
+    cost = {(w.task, w.sample): w.cost for w in wanted}
+    stages = {entry.label: _Stage(entry.label, progress) for entry in config.tasks}
+    for (task, sample), absent in missing.items():
+        stages[task].add(cost[task, sample], len(absent))
 
-    for entry in config.tasks:
-        mine = [w for w in wanted if w.task == entry.label]
-        total = round(sum(w.cost * len(missing(w)) for w in mine))
-        done = 0.0
-        if not total:
-            continue
-        progress(entry.label, 0, total)
-        for together in contexts(entry, tokenizer, config.seed, limit):
-            pending = {w.sample: missing(w) for _, w in together}
-            if not any(pending.values()):
+    def units() -> Iterator[Unit]:
+        for entry in config.tasks:
+            if not stages[entry.label].left:
                 continue
-            cost = {w.sample: w.cost for _, w in together}
-            work = _OneContext(config, entry.label, lanes, [s for s, _ in together], pending)
-            for record in work.records():
-                output.add(record)
-                summary.computed += 1
-                done += cost[record.sample]
-                progress(entry.label, min(round(done), total), total)
-        progress(entry.label, total, total)
+            stages[entry.label].show()
+            for together in contexts(entry, tokenizer, config.seed, limit):
+                pending = {w.sample: missing[w.task, w.sample] for _, w in together}
+                if any(pending.values()):
+                    yield Unit(entry.label, [s for s, _ in together], pending)
+
+    for record in (compute or _here(config, lanes))(units()):
+        output.add(record)
+        summary.computed += 1
+        stages[record.task].one_done(cost[record.task, record.sample])
     summary.errors = [r for key, r in output.records.items() if key in keys and r.error is not None]
     return summary
+
+
+class _Stage:
+    """How far one task is, in tokens. Several can be under way at the same time.
+
+    Attributes:
+        left: records that are still to come.
+    """
+
+    def __init__(self, label: str, progress: Progress) -> None:
+        self.label, self.progress = label, progress
+        self.left, self.total, self.done = 0, 0.0, 0.0
+
+    def add(self, cost: float, records: int) -> None:
+        self.total += cost * records
+        self.left += records
+
+    def one_done(self, cost: float) -> None:
+        self.done += cost
+        self.left -= 1
+        self.show()
+
+    def show(self) -> None:
+        total = max(1, round(self.total))
+        done = min(round(self.done), total) if self.left else total
+        self.progress(self.label, done, total)
+
+
+def _here(config: RunConfig, lanes: Sequence[Lane]) -> Compute:
+    def compute(units: Iterator[Unit]) -> Iterator[Record]:
+        for unit in units:
+            yield from records_of(config, lanes, unit)
+
+    return compute
+
+
+def records_of(config: RunConfig, lanes: Sequence[Lane], unit: Unit) -> Iterator[Record]:
+    """The missing records of a context, one by one.
+
+    Raises:
+        RazorError: the dense model failed.
+    """
+    yield from _OneContext(config, lanes, unit).records()
 
 
 class _OneContext:
@@ -181,18 +247,17 @@ class _OneContext:
     def __init__(
         self,
         config: RunConfig,
-        task: str,
         lanes: Sequence[Lane],
-        samples: Sequence[Sample],
-        pending: dict[str, list[str]],
+        unit: Unit,
     ) -> None:
-        self.config, self.task, self.samples, self.pending = config, task, samples, pending
-        busy = {label for missing in pending.values() for label in missing}
+        self.config, self.task = config, unit.task
+        self.samples, self.pending = unit.samples, unit.pending
+        busy = {label for missing in unit.pending.values() for label in missing}
         self.reference_lane = lanes[0] if lanes[0].label == DENSE else None
         # Dense comes first, and also where only another method is missing.
         self.lanes = [lane for lane in lanes if lane.label in busy or lane is self.reference_lane]
         self.reference: dict[str, list[Logits]] = {}
-        self.tokens = list(samples[0].context)
+        self.tokens = list(unit.samples[0].context)
         self._read: dict[int, Context] = {}
         self._read_seconds: dict[int, float] = {}
 
