@@ -13,7 +13,7 @@ import torch
 from trt_razor.errors import UsageError
 from trt_razor.evaluation.samples import Sample
 from trt_razor.evaluation.tasks.interface import TASKS
-from trt_razor.evaluation.tasks.needle import NAMES
+from trt_razor.evaluation.tasks.needle import NAMES, WORDINGS, Needle
 from trt_razor.evaluation.text import load_text
 from trt_razor.models.checkpoint import Checkpoint
 from trt_razor.models.tokenizer import Tokenizer
@@ -78,6 +78,29 @@ def test_questions_share_a_context_that_is_read_once(smollm2_tokenizer: Tokenize
     assert len(set(by_id.values())) == 3
     assert all(by_id[s.context_id] == s.context for s in samples)
     assert len({s.turns[0].prompt for s in samples[:3]}) == 3
+
+
+def test_several_wordings_are_met_in_turn(smollm2_tokenizer: Tokenizer) -> None:
+    words = ("number", "room", "members")
+    samples = make(
+        smollm2_tokenizer, lengths=(400,), trials=12, needles=2, wording=words, part="calibration"
+    )
+    assert [s.meta["wording"] for s in samples[::2]] == [*words, *words]
+    for s in samples:
+        say = WORDINGS[s.meta["wording"]]
+        assert say.fact.format(s.meta["names"][0]) in smollm2_tokenizer.decode(s.context)
+        assert say.question.format(s.meta["names"][0]) in smollm2_tokenizer.decode(
+            s.turns[0].prompt
+        )
+    # One of them alone makes the same context where its turn is.
+    (alone, *_) = make(
+        smollm2_tokenizer, lengths=(400,), trials=1, needles=2, wording="number", part="calibration"
+    )
+    assert alone.context == samples[0].context
+    with pytest.raises(UsageError, match="wording 'rom': did you mean room"):
+        Needle(wording=("number", "rom"))
+    with pytest.raises(UsageError, match="wording ''"):
+        Needle(wording=())
 
 
 def test_depths_are_met_equally_often_and_where_they_say(smollm2_tokenizer: Tokenizer) -> None:

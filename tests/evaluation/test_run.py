@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,22 @@ def test_trials_and_limit_take_the_first_of_each_group(tmp_path: Path) -> None:
     assert ("t", "20-1-1", "last12") not in found
     go(made, tmp_path)  # without the limit: the rest
     assert len(results(tmp_path)) == 12 + 12 + 6
+
+
+def test_a_method_of_some_groups(tmp_path: Path) -> None:
+    made = config({"t": ToyTask()}, METHODS)
+    dense, first, *others = made.methods
+    only = dataclasses.replace(
+        made, methods=(dense, dataclasses.replace(first, groups=("40",), trials=3), *others)
+    )
+    go(only, tmp_path)
+    found = results(tmp_path)
+    count = Counter((k[2], r["group"]) for k, r in found.items())
+    every = {(m, g): 6 for m in ("dense", "last12") for g in ("20", "40")}
+    assert count == {**every, ("last8", "40"): 3}
+    wrong = dataclasses.replace(first, groups=("44",))
+    with pytest.raises(UsageError, match="method last8: groups: did you mean 40"):
+        go(dataclasses.replace(made, methods=(dense, wrong)), tmp_path / "wrong")
 
 
 def test_a_method_that_refuses_is_recorded_and_named(tmp_path: Path) -> None:

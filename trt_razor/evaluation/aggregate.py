@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trt_razor.evaluation.config import DENSE
+from trt_razor.evaluation.config import DENSE, METHOD_KEYS
 from trt_razor.evaluation.records import Record
 from trt_razor.evaluation.statistics import (
     Estimate,
@@ -261,10 +261,15 @@ def _perplexity_ratio(mine: Sequence[Record], other: Sequence[Record]) -> Estima
     return replace(e, mean=math.exp(min(e.mean, 700.0)), low=low, high=high)
 
 
-def settings_of(config: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any], int | None]]:
-    """(label, name, options, trials) of the methods in a run's stored settings."""
+def settings_of(config: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any], list[str]]]:
+    """(label, name, options, which samples) of the methods in a run's stored settings."""
     out = []
     for entry in config.get("methods", []):
-        name = next(k for k in entry if k not in ("label", "trials"))
-        out.append((str(entry["label"]), str(name), entry[name], entry.get("trials")))
+        name = next(k for k in entry if k not in METHOD_KEYS)
+        which = []
+        if entry.get("trials"):
+            which.append(f"first {entry['trials']} samples of each group")
+        if entry.get("groups"):
+            which.append(f"groups {', '.join(entry['groups'])}")
+        out.append((str(entry["label"]), str(name), entry[name], which))
     return out

@@ -8,6 +8,7 @@
       - razor: {policy: paper}
         label: paper
         trials: 20                 # only the first 20 samples of each group
+        groups: [4096]             # and only these groups
 
 docs/fidelity.md explains every field.
 """
@@ -35,7 +36,7 @@ ENGINE = "engine"
 DENSE = "dense"
 _NO_PART_OF_RESULTS = ("threads", "compare")
 _TASK_KEYS = ("label",)
-_METHOD_KEYS = ("label", "trials")
+METHOD_KEYS = ("label", "trials", "groups")
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,24 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method of a run. ``trials``: only the first so many samples of each group; None = all."""
+    """A method of a run.
+
+    Attributes:
+        trials: only the first so many samples of each group; None = all.
+        groups: only these groups, a context's length for most tasks; None = all.
+    """
 
     label: str
     name: str
     method: Method
     options: Mapping[str, Any]
     trials: int | None = None
+    groups: tuple[str, ...] | None = None
+
+    def asks(self, group: str, number: int) -> bool:
+        """Whether it is asked sample ``number``, from 0, of a group."""
+        wanted = self.groups is None or group in self.groups
+        return wanted and (self.trials is None or number < self.trials)
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,13 @@ class RunConfig:
         }
         out["tasks"] = [{t.name: dict(t.options), "label": t.label} for t in self.tasks]
         out["methods"] = [
-            {m.name: dict(m.options), "label": m.label, "trials": m.trials} for m in self.methods
+            {
+                m.name: dict(m.options),
+                "label": m.label,
+                "trials": m.trials,
+                **({} if m.groups is None else {"groups": list(m.groups)}),
+            }
+            for m in self.methods
         ]
         return out
 
@@ -243,13 +261,15 @@ def _methods(entries: Any) -> tuple[MethodEntry, ...]:
     made = []
     for i, entry in enumerate(entries):
         where = f"methods[{i}]"
-        name, options, more = _entry(entry, where, _METHOD_KEYS)
+        name, options, more = _entry(entry, where, METHOD_KEYS)
         method = METHODS.make(name, options, f"{where}.{name}")
         label = _label(more, where) or name
         trials = _whole(more.get("trials"), f"{where}.trials", 1)
-        if name == DENSE and (label != DENSE or trials is not None):
+        groups = _groups(more.get("groups"), where)
+        if name == DENSE and (label != DENSE or trials is not None or groups is not None):
             raise UsageError(f"{where}: dense runs on every sample under its own name")
-        made.append(MethodEntry(label, name, method, _options(method, f"{where}.{name}"), trials))
+        told = _options(method, f"{where}.{name}")
+        made.append(MethodEntry(label, name, method, told, trials, groups))
     if not any(m.name == DENSE for m in made):
         dense = METHODS.make(DENSE, {}, DENSE)
         made.append(MethodEntry(DENSE, DENSE, dense, _options(dense, DENSE)))
@@ -303,6 +323,14 @@ def _label(entry: Mapping[str, Any], where: str) -> str | None:
     if not label.isprintable():
         raise UsageError(f"{where}.label: expected printable characters, found {label!r}")
     return label
+
+
+def _groups(value: Any, where: str) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or any(type(g) not in (int, str) for g in value):
+        raise UsageError(f"{where}.groups: expected a list of groups, found {value!r:.80}")
+    return tuple(map(str, value))
 
 
 def _check_labels(labels: Sequence[str], where: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from trt_razor.errors import UsageError
+from trt_razor.errors import UsageError, did_you_mean
 from trt_razor.evaluation.config import MethodEntry, RunConfig, TaskEntry
 from trt_razor.evaluation.samples import Sample
 from trt_razor.models.tokenizer import Tokenizer
@@ -27,17 +27,19 @@ class Wanted:
     cost: float
     group: str
 
-    def keys(self, labels: Sequence[str], trials: dict[str, int | None]) -> list[Key]:
-        """Under which methods it is asked."""
-        return [
-            (self.task, self.sample, label)
-            for label in labels
-            if trials.get(label) is None or self.number < trials[label]  # type: ignore[operator]
-        ]
+    def keys(self, labels: Sequence[str], methods: Sequence[MethodEntry]) -> list[Key]:
+        """Under which methods it is asked; a label without an entry is an engine's, asked all."""
+        out = {m.label for m in methods if not m.asks(self.group, self.number)}
+        return [(self.task, self.sample, label) for label in labels if label not in out]
 
 
-def trials_of(methods: Sequence[MethodEntry]) -> dict[str, int | None]:
-    return {m.label: m.trials for m in methods}
+def check_groups(wanted: Sequence[Wanted], methods: Sequence[MethodEntry]) -> None:
+    """Raises UsageError if a method names a group that no task has."""
+    known = list(dict.fromkeys(w.group for w in wanted))
+    for m in methods:
+        for group in m.groups or ():
+            if group not in known:
+                raise UsageError(f"method {m.label}: groups: {did_you_mean(group, known)}")
 
 
 def groups_of(wanted: Sequence[Wanted]) -> dict[str, list[str]]:

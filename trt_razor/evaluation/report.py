@@ -165,8 +165,7 @@ def _about(results: Mapping[str, Any]) -> list[str]:
 
 def _methods(results: Mapping[str, Any]) -> list[str]:
     body = []
-    for label, name, options, trials in settings_of(results["config"]):
-        note = [f"first {trials} samples of each group"] if trials else []
+    for label, name, options, note in settings_of(results["config"]):
         note += ["reads the first question before it compresses"] * (
             label in results["query_aware"]
         )

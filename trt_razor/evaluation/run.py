@@ -18,7 +18,7 @@ from trt_razor.evaluation import environment
 from trt_razor.evaluation.asking import Asked, ask
 from trt_razor.evaluation.config import DENSE, ENGINE, RunConfig
 from trt_razor.evaluation.nearness import Logits, Meter, Nearness, nearness
-from trt_razor.evaluation.plan import contexts, groups_of, plan, trials_of
+from trt_razor.evaluation.plan import check_groups, contexts, groups_of, plan
 from trt_razor.evaluation.records import Record, RecordFolder
 from trt_razor.evaluation.runners.interface import Context, Runner, Session
 from trt_razor.evaluation.samples import Sample
@@ -158,9 +158,9 @@ def run(
     """
     tokenizer = lanes[0].runner.tokenizer
     wanted = plan(config, tokenizer, limit, progress)
-    trials = trials_of(config.methods)
+    check_groups(wanted, config.methods)
     labels = [lane.label for lane in lanes]
-    keys = {k for w in wanted for k in w.keys(labels, trials)}
+    keys = {k for w in wanted for k in w.keys(labels, config.methods)}
     output.describe(
         environment.describe([lane.runner.label for lane in lanes]),
         len(keys),
@@ -172,7 +172,9 @@ def run(
         say(f"{summary.known} of {len(keys)} results are there already")
 
     missing = {
-        (w.task, w.sample): [k[2] for k in w.keys(labels, trials) if k not in output.records]
+        (w.task, w.sample): [
+            k[2] for k in w.keys(labels, config.methods) if k not in output.records
+        ]
         for w in wanted
     }
     cost = {(w.task, w.sample): w.cost for w in wanted}

@@ -120,7 +120,7 @@ class Needle:
         depths: places of the needles, 0 (start) to 1 (end), given to the needles in turn, so that
             every one is met equally often; at random if empty.
         depth_range: where random places lie.
-        wording: of the needles, a name in ``WORDINGS``.
+        wording: of the needles, a name in ``WORDINGS``, or several that contexts have in turn.
         text, part: the haystack, see ``evaluation.text``.
     """
 
@@ -131,7 +131,7 @@ class Needle:
     mode: str = "single"
     depths: tuple[float, ...] = ()
     depth_range: tuple[float, float] = (0.0, 1.0)
-    wording: str = "number"
+    wording: str | tuple[str, ...] = "number"
     text: str = "python"
     part: str = "test"
 
@@ -141,8 +141,9 @@ class Needle:
         check_text(self.text, self.part)
         if self.mode not in MODES:
             raise UsageError(f"mode '{self.mode}': {did_you_mean(str(self.mode), MODES)}")
-        if self.wording not in WORDINGS:
-            raise UsageError(f"wording '{self.wording}': {did_you_mean(self.wording, WORDINGS)}")
+        for wording in self.wordings or ("",):
+            if wording not in WORDINGS:
+                raise UsageError(f"wording '{wording}': {did_you_mean(str(wording), WORDINGS)}")
         most = len(NAMES[self.part])
         if not 1 <= self.needles <= most:
             raise UsageError(f"needles: expected 1 .. {most}, found {self.needles}")
@@ -150,6 +151,10 @@ class Needle:
             raise UsageError(
                 f"questions: expected 1 .. needles ({self.needles}), found {self.questions}"
             )
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        return (self.wording,) if isinstance(self.wording, str) else tuple(self.wording)
 
     def count(self) -> int:
         return len(self.lengths) * self.trials
@@ -188,7 +193,8 @@ class Needle:
             rest = [i for i in range(self.needles) if i not in order]
             for i, needle in enumerate([*order, *rest]):
                 depths[needle] = self.depths[(index * len(order) + i) % len(self.depths)]
-        say = WORDINGS[self.wording]
+        wording = self.wordings[index % len(self.wordings)]
+        say = WORDINGS[wording]
         facts = [f"{say.fact.format(n)} {v}." for n, v in zip(names, values, strict=True)]
         filler = itertools.chain(text.sentences[start:], text.sentences[:start])
 
@@ -205,7 +211,7 @@ class Needle:
             shown = [needle] if self.mode == "single" else order
             meta: dict[str, Any] = {
                 "length": length,
-                "wording": self.wording,
+                "wording": wording,
                 # A picture's depth is one number: a sample about several needles has none.
                 **({"depth": round(depths[needle], 4)} if len(shown) == 1 else {}),
                 "needle": needle,
