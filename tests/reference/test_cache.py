@@ -208,8 +208,10 @@ def test_missing_queries_are_refused_where_they_decide() -> None:
         local.update(x, x)
     with pytest.raises(UsageError, match="found 39"):
         local.update(x, x, torch.ones(1, 3, 39, 2))
-    local.update(x[:, :15], x[:, :15])
-    assert local.n == 15
+    local.update(x[:, :6], x[:, :6])  # two are dropped, and there are rows for two
+    with pytest.raises(UsageError, match=r"last 1 tokens,.* found none"):
+        local.update(x[:, :1], x[:, :1])
+    assert local.n == 6
 
 
 def test_heavy_hitters_survive_growth() -> None:
