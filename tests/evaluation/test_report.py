@@ -21,6 +21,7 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.evaluation.aggregate import aggregate, compare, groups_of
 from trt_razor.evaluation.environment import cpu_name
 from trt_razor.evaluation.figures import against_kept, needle_grid, unique
+from trt_razor.evaluation.method_rows import MANY, method_rows
 from trt_razor.evaluation.records import RUN_FILE, Record, RecordFolder
 from trt_razor.evaluation.report import write_report
 
@@ -350,6 +351,30 @@ def test_every_method_has_a_mark_of_its_own(what: str) -> None:
     ]
     assert len({round(float(x), 6) for x in points}) == len(points)
     assert all(x == pytest.approx(20, rel=0.2) for x in points if x < 90)
+
+
+@pytest.mark.parametrize("what", ["score", "kl"])
+def test_many_methods_get_a_row_each(what: str) -> None:
+    names = {"dense": "dense", **{f"m{i}": "razor" for i in range(MANY)}}
+    records = [
+        needle(m, i, float(i % 3 > 0), 0.0 if m in ("dense", "m3") else 0.1 + i / 50, g)
+        for m in names for g in ("1024", "4096") for i in range(6)
+        if (m, g) != ("m5", "1024")
+    ]  # fmt: skip
+    rows = aggregate(records, ["needle"], list(names))
+    figure = method_rows("needle", rows, names, what)
+    assert figure is not None
+    first, second = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["1024 tokens", "4096 tokens"]
+    assert [t.get_text() for t in first.get_yticklabels()] == list(names)[1:]
+    marked = [
+        {round(float(line.get_ydata()[0])) for line in ax.lines if line.get_marker() == "o"}
+        for ax in (first, second)
+    ]
+    every = set(range(MANY)) - ({3} if what == "kl" else set())  # no zero on a log axis
+    assert marked == [every - {5}, every]
+    FigureCanvasAgg(figure).draw()
+    assert method_rows("t", [r for r in rows if r.method == "dense"], names, what) is None
 
 
 def test_file_names_are_plain_and_different() -> None:

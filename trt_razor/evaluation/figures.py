@@ -15,6 +15,7 @@ from trt_razor.errors import MissingExtra
 from trt_razor.evaluation.aggregate import ALL, Row
 from trt_razor.evaluation.config import DENSE
 from trt_razor.evaluation.curves import Curve
+from trt_razor.evaluation.method_rows import MANY, method_rows
 from trt_razor.evaluation.nearness import SPAN
 from trt_razor.evaluation.records import Record
 from trt_razor.evaluation.statistics import Estimate
@@ -62,8 +63,9 @@ def draw_figures(
     for task in dict.fromkeys(r.task for r in rows):
         mine = [r for r in rows if r.task == task]
         save(needle_grid(task, [r for r in records if r.task == task], list(names)), f"{task}-grid")
-        save(against_kept(task, mine, names, "score"), f"{task}-accuracy")
-        save(against_kept(task, mine, names, "kl"), f"{task}-kl")
+        draw = method_rows if len(names) > MANY else against_kept
+        save(draw(task, mine, names, "score"), f"{task}-accuracy")
+        save(draw(task, mine, names, "kl"), f"{task}-kl")
         save(behind(task, [c for c in followed if c.task == task], list(names)), f"{task}-curve")
     return written
 
