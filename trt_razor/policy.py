@@ -19,10 +19,7 @@ MAX_HEAVY_HITTERS = 1024
 """Upper bound on H: beyond it a larger window costs the same and needs no choice."""
 
 SELECT_QUERIES = 64
-"""Queries at the end of a chunk that choose the heavy hitters."""
-
-SELECT_MIN_CHUNK = 16
-"""Shorter chunks, decode steps above all, choose none: so few queries cannot judge."""
+"""Queries at the end of a chunk that choose the heavy hitters; a shorter chunk has fewer."""
 
 
 @dataclass(frozen=True)

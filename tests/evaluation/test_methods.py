@@ -328,6 +328,12 @@ def test_bits_of_quantised_razor_by_hand(read: Read, heads: str) -> None:
     row = 2 * DIM * 8 + 2 * 32  # values: two groups a token
     old = 19 * row + 3 * DIM * 32  # keys: three groups of up to 8 rows
     assert kept[1].bits() == 2 * (old + 5 * ROW + 3 * (2 * DIM + 2) * 32)
+    # Of 8 later tokens 6 are in the window, and 2 of the 4 heavy hitters can be of the others.
+    policy = {"min_window": 6, "compression": None, "comp_tokens": 0, "heavy_hitters": 4}
+    razor = {"heads": heads, "policy": policy}
+    kept = make("quantised", inner={"razor": razor}, format="int8", group=8).compress(read)
+    feed(kept[1], chunks(10, (8,)))
+    assert kept[1].bits() == 2 * (6 * row + DIM * 32 + 8 * ROW)
 
 
 # Formats -----------------------------------------------------------------------------------------

@@ -168,31 +168,50 @@ def test_heavy_hitters(chunks: list[int], comp_tokens: int, heavy_hitters: int) 
     check(policy, chunks, sum(chunks), num_kv=2, group=3, dim=8, retrieval=[0])
 
 
-@pytest.mark.parametrize(
-    "tokens, chunk, chooses", [(20, 16, True), (20, 15, False), (16, 4, False)]
-)
-def test_when_heavy_hitters_are_chosen(tokens: int, chunk: int, chooses: bool) -> None:
-    """The token that all queries look at is kept if the chunk is long enough, and only then."""
+@pytest.mark.parametrize("chunk", [20, 5, 1])
+def test_every_chunk_chooses_heavy_hitters(chunk: int) -> None:
+    """A token that all queries look at is kept, though others had filled the rows before it."""
     policy = RazorPolicy(0, 4, None, 0, 2)
-    k, v = torch.zeros(1, tokens, 2), torch.ones(1, tokens, 2)
-    k[0, tokens - chunk + 3] = 5  # neither the first to be dropped nor in the window
-    cache = LayerCache(policy, [], 1, 1, 2, tokens)
-    start = tokens - chunk
-    run(cache, torch.ones(1, tokens, 2), k, v, [*[1] * start, chunk])
+    k, v = torch.zeros(1, 20, 2), torch.ones(1, 20, 2)
+    k[0, 10] = 5  # neither among the first to be dropped nor in the window
+    cache = LayerCache(policy, [], 1, 1, 2, 20)
+    run(cache, torch.ones(1, 20, 2), k, v, [chunk] * (20 // chunk))
     assert cache.local is not None
     rows = cache.local.local_k[0, cache.local.heavy_rows()]
-    assert bool((rows == 5).any()) is chooses
+    assert (rows == 5).all(-1).sum() == 1
+
+
+def test_a_decode_step_drops_what_its_query_needs_least() -> None:
+    """The rows of candidates, their scores and who of equals goes (docs/semantics.md)."""
+    policy = RazorPolicy(0, 1, None, 1, 2)
+    cache = LayerCache(policy, [], 1, 1, 2, 9, scale=1.0)
+    q = torch.zeros(1, 5, 2)
+    k = torch.tensor([[[3.0, 0], [0, 3], [2, 2], [1, 1], [0, 0]]])
+    v = torch.ones(1, 5, 2)
+    run(cache, q[:, :3], k[:, :3], v[:, :3], [1, 1, 1])  # 0 and 1 are heavy, 2 is the window
+    local = cache.local
+    assert local is not None
+    held = local.heavy_rows()
+    assert torch.equal(local.local_k[0, held], k[0, :2])
+    cache.attend(torch.tensor([[[1.0, 0.0]]]), k[:, 3:4], v[:, 3:4])  # 2 leaves: scores 3, 0, 2
+    assert torch.equal(local.local_k[0, held], k[0, [0, 2]])
+    assert torch.equal(local.comp[0, 0, 0], k[0, 1])
+    cache.attend(torch.zeros(1, 1, 2), k[:, 4:5], v[:, 4:5])  # 3 leaves: equal scores, so it goes
+    assert torch.equal(local.local_k[0, held], k[0, [0, 2]])
+    assert torch.equal(local.comp[0, 0, 0], (k[0, 1] + k[0, 3]) / 2)
 
 
 def test_missing_queries_are_refused_where_they_decide() -> None:
     local = LocalHeadsCache(RazorPolicy(0, 4, None, 1, 2), 1, 2, 60)
     x = torch.ones(1, 40, 2)
-    with pytest.raises(UsageError, match=r"last 40 tokens .* found none"):
+    with pytest.raises(UsageError, match=r"last 40 tokens,.* found none"):
         local.update(x, x)
     with pytest.raises(UsageError, match="found 39"):
         local.update(x, x, torch.ones(1, 3, 39, 2))
-    local.update(x[:, :15], x[:, :15])
-    assert local.n == 15
+    local.update(x[:, :6], x[:, :6])  # two are dropped, and there are rows for two
+    with pytest.raises(UsageError, match=r"last 1 tokens,.* found none"):
+        local.update(x[:, :1], x[:, :1])
+    assert local.n == 6
 
 
 def test_heavy_hitters_survive_growth() -> None:

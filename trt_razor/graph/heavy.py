@@ -1,9 +1,9 @@
 """Heavy hitters in the body of ``trt_razor::RazorAttention``: dropped tokens that keep a row.
 
 The rule is in docs/semantics.md. With n tokens cached, rows N0 .. N0 + h(n) − 1 of a local head are
-in use. A decode step, or a chunk that fits, copies tokens to the next unused rows; a longer chunk
-chooses anew, in a branch of its own: no step pays for it. What does not depend on keys and queries
-stands in front of the branch, where all layers share it.
+in use. As long as there is room, tokens are copied to the next unused rows; afterwards each chunk
+chooses anew, in a branch of its own: before, no step pays for it. What does not depend on keys and
+queries stands in front of the branch, where all layers share it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 from onnx import helper
 
 from trt_razor.graph.nodes import DTYPES, Nodes
-from trt_razor.policy import SELECT_MIN_CHUNK, SELECT_QUERIES
+from trt_razor.policy import SELECT_QUERIES
 
 if TYPE_CHECKING:
     from trt_razor.graph.body import OperatorBody
@@ -74,8 +74,7 @@ class HeavyRows:
         """
         b, n, lh, count = self.body, self.outer, self.lh, self.count
         leaving = n.concat(keys, values, axis=3)  # [B, Lh, S, 2D]
-        # A short chunk cannot judge, and as long as there is room nobody has to go: the first
-        # tokens that leave take the next rows.
+        # As long as there is room nobody has to go: the first tokens that leave take the next rows.
         slot = n.unsqueeze(n.arange(count), 0)  # [1, U]
         moves = n.op("Less", slot, b.first)  # [B, U]
         # The other slots write the chunk's last token once more where it is written anyway.
@@ -87,11 +86,7 @@ class HeavyRows:
         first_ones = n.slice(leaving, n.i64s([0]), count, 2)
         moved = n.op("Where", n.unsqueeze(moves, 1, 3), first_ones, newest)  # [B, Lh, U, 2D]
 
-        self.judges = n.op(
-            "And",
-            n.op("GreaterOrEqual", b.chunk, n.i64(SELECT_MIN_CHUNK)),
-            n.op("Greater", n.add(b.h0, b.dropped), n.i64(self.h)),
-        )  # [B, 1]
+        self.judges = n.op("Greater", n.add(b.h0, b.dropped), n.i64(self.h))  # [B, 1]
         any_judges = n.op("ReduceMax", n.cast(self.judges, "int64"), n.i64s([0, 1]), keepdims=0)
         any_judges = n.op("Greater", any_judges, n.i64(0))
         simple = [moved, row] + [leaving] * b.cfg.has_comp
@@ -134,7 +129,7 @@ class HeavyRows:
         return n.concat(*grid, n.unsqueeze(rows, 3), axis=3)
 
     def _before_the_branch(self, end: str) -> None:
-        b, n, lh, h, w = self.body, self.outer, self.lh, self.h, SELECT_QUERIES
+        b, n, lh, h = self.body, self.outer, self.lh, self.h
         places = n.const(b.n0 + np.arange(h, dtype=np.int64))
         self.places = n.op("Min", places, n.sub(n.scalar(end), n.i64(1)))  # of the H rows
         total = n.add(b.seq, n.i64s([h]))  # C [1]
@@ -153,9 +148,10 @@ class HeavyRows:
         self.first3, self.folded3 = n.unsqueeze(b.first, 2), n.unsqueeze(b.folded, 2)
         self.judges3 = n.unsqueeze(self.judges, 2)
         self.judges4 = n.unsqueeze(self.judges3, 3)
-        # The chunk's last W tokens; a chunk may have fewer.
-        token = n.add(n.const(np.arange(-w, 0, dtype=np.int64)), b.chunk)  # [B, W]
-        self.queries = b.index3(lh * b.g, n.op("Max", token, n.i64(0)), n.i64s([w]))
+        # The chunk's last W = min(S, 64) tokens; in a batch one may have fewer than another.
+        self.w = w = n.op("Min", b.seq, n.i64s([SELECT_QUERIES]))
+        token = n.add(n.unsqueeze(n.sub(n.arange(w), w), 0), b.chunk)  # [B, W]
+        self.queries = b.index3(lh * b.g, n.op("Max", token, n.i64(0)), w)
         is_query = n.op("GreaterOrEqual", token, n.i64(0))
         self.query_mask = n.unsqueeze(b.mask(is_query), 1, 2, 4)
 
@@ -195,12 +191,12 @@ class HeavyRows:
 
     def _scores(self, q: str, k: str, v: str) -> str:
         """ln ‖v‖ + ln Σ exp(s·q·k), the sum over the chunk's last queries and the group: [B, Lh, C]."""
-        b, n, lh, w = self.body, self.body.n, self.lh, SELECT_QUERIES
+        b, n, lh = self.body, self.body.n, self.lh
         q = n.reshape(q, b.batch, lh * b.g, b.seq, b.cfg.head_dim)
         q = n.op("GatherND", q, self.queries)
-        q = n.reshape(q, b.batch, lh, b.g * w, b.cfg.head_dim)
+        q = n.reshape(q, b.batch, lh, -1, b.cfg.head_dim)
         logits = n.transposed_matmul(b.float32(q), b.float32(k), 4)
-        logits = n.reshape(logits, b.batch, lh, b.g, w, -1)
+        logits = n.reshape(logits, b.batch, lh, b.g, self.w, -1)
         logits = n.add(logits, self.query_mask)
         # By hand: an executor's ReduceLogSumExp need not subtract the largest first.
         both = n.i64s([2, 3])

@@ -16,7 +16,7 @@ from trt_razor.errors import RazorError, UsageError
 from trt_razor.headmap import HeadMap
 from trt_razor.models.positions import alibi_slopes
 from trt_razor.models.spec import ModelSpec
-from trt_razor.policy import SELECT_MIN_CHUNK, SELECT_QUERIES, RazorPolicy
+from trt_razor.policy import SELECT_QUERIES, RazorPolicy
 from trt_razor.reference import heavy
 from trt_razor.reference.attention import (
     CachedRows,
@@ -212,13 +212,13 @@ class LocalHeadsCache:
         held, candidates = self.policy.heavy(self.n), k.shape[1]
         exact = self.comp.dtype
         wins = heavy.first_come(held, candidates - held, most, k.device).expand(len(k), -1)
-        if most and heavy.selects(chunk, candidates, most):
+        if most and heavy.selects(candidates, most):
             need = min(chunk, SELECT_QUERIES)
             if queries is None or queries.shape[2] < need:
                 found = "none" if queries is None else str(queries.shape[2])
                 raise UsageError(
-                    f"queries: expected those of the chunk's last {need} tokens (a chunk of "
-                    f"{SELECT_MIN_CHUNK} or more chooses heavy hitters), found {found}"
+                    f"queries: expected those of the chunk's last {need} tokens, which choose the "
+                    f"heavy hitters, found {found}"
                 )
             q = queries[:, :, -need:]
             wins = heavy.choose(heavy.scores(q, k.to(exact), v.to(exact), self.scale), most)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trt_razor.errors import UsageError
-from trt_razor.policy import SELECT_MIN_CHUNK, SELECT_QUERIES, RazorPolicy
+from trt_razor.policy import SELECT_QUERIES, RazorPolicy
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def razor_attention_by_definition(
         gone_after = policy.dropped(t1) if policy else 0
         folded = list(range(sinks + gone, sinks + gone_after))
         if folded:
-            last = q[:, max(t0, t1 - SELECT_QUERIES) : t1] if length >= SELECT_MIN_CHUNK else None
+            last = q[:, max(t0, t1 - SELECT_QUERIES) : t1]
             heavy, lost = _choose(heavy, folded, most, k, v, last, scale)
             if lost and comp_tokens:
                 clusters = _fold(clusters, lost, k)
@@ -129,16 +129,16 @@ def _choose(
     most: int,
     k: Tensor,
     v: Tensor,
-    queries: Tensor | None,
+    queries: Tensor,
     scale: float,
 ) -> tuple[list[int], list[int]]:
     """Heavy hitters by row after ``dropped`` (ascending) have left the window, and those that lose.
 
     Args:
-        queries: [g, W, D] at the end of the chunk, None for a chunk too short to choose.
+        queries: [g, W, D] at the end of the chunk.
     """
     candidates = heavy + dropped
-    if queries is None or len(candidates) <= most:
+    if not most or len(candidates) <= most:
         room = most - len(heavy)
         return heavy + dropped[:room], dropped[room:]
     score = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trt_razor.policy import SELECT_MIN_CHUNK, SELECT_QUERIES
+from trt_razor.policy import SELECT_QUERIES
 
 
 def scores(queries: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -33,9 +33,9 @@ def choose(score: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
 
 
-def selects(chunk: int, candidates: int, heavy_hitters: int) -> bool:
-    """Whether a chunk of so many tokens chooses anew; a short one cannot judge."""
-    return chunk >= SELECT_MIN_CHUNK and candidates > heavy_hitters
+def selects(candidates: int, heavy_hitters: int) -> bool:
+    """Whether a chunk with so many candidates chooses; as long as there is room nobody has to go."""
+    return candidates > heavy_hitters
 
 
 def first_come(held: int, dropped: int, heavy_hitters: int, device: torch.device) -> Tensor:

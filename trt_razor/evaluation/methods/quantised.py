@@ -164,9 +164,12 @@ def _bits(kept: Kept, how: Format, means: torch.dtype, context: int) -> int:
     cache, later = kept.cache, kept.n - context
     total = how.bits(len(cache.retrieval_heads), context, later, cache.head_dim)
     if cache.local is not None:
-        positions = cache.local.kept_positions()
-        new = int((positions >= context).sum())  # heavy hitters stay what they were rounded to
-        old = len(positions) - new + len(cache.local.heavy_rows())
+        positions, heavy = cache.local.kept_positions(), len(cache.local.heavy_rows())
+        new = int((positions >= context).sum())
+        # Heavy hitters do not say where they come from: those that can be of later tokens count as such.
+        policy = cache.local.policy
+        new += min(heavy, max(0, policy.sink_tokens + policy.dropped(kept.n) - context))
+        old = len(positions) + heavy - new
         heads, dim = len(cache.local_heads), cache.head_dim
         total += how.bits(heads, old, new, dim)
         used = int((cache.local.comp_count > 0).sum())
