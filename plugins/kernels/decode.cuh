@@ -14,6 +14,10 @@
 // * One launch. An item inside one block's piece is finished there. The blocks of a longer one leave partial results,
 //   and whoever arrives last combines them: in groups of 16 first, so that an item spread over the whole chip is not
 //   combined by a single multiprocessor. Nobody waits for anybody, and sums are always taken in the same order.
+//
+// What leaves the window of a local head is for the last block of that head, which alone knows that all rows are read
+// (decode_fold.cuh). A choice reads the rows of the heavy hitters once more, from L2; local heads come first of a
+// sequence, so that other blocks have rows to attend meanwhile.
 #pragma once
 
 #include "decode_fold.cuh"

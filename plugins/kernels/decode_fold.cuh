@@ -42,39 +42,39 @@ __device__ inline int lowest_candidate(const Params &p, Scratch &scratch, const 
     const float scale = p.scale * kLog2e * (Fp8 && p.k_scale ? *p.k_scale : 1.f);
     uint64_t lowest = ~uint64_t{0}; // score, and what is lower the higher the index is
     for (int first = 8 * warp; first <= held; first += kEach * kApart) {
-        const char *key[kEach];
-        float top[kEach], sum[kEach], squares[kEach];
+        // Behind the last candidate the last row again, so that no load waits for a branch.
+        const char *key[kEach], *value[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int candidate = first + i * kApart + r;
-            key[i] = nullptr;
+            const int row = candidate < held ? p.policy.sinks + candidate : leaving;
+            key[i] = rows.key(row);
+            value[i] = rows.value(row);
+        }
+        float top[kEach], sum[kEach], squares[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
             top[i] = kMasked;
             sum[i] = squares[i] = 0.f;
-            if (candidate > held) continue;
-            const int row = candidate < held ? p.policy.sinks + candidate : leaving;
-            const char *value = rows.value(row);
-            key[i] = rows.key(row);
 #pragma unroll
             for (int j = 0; j < D / 32; ++j) {
                 float x[8];
-                to_floats<T>(x, load8<Fp8>(value, 32 * j + 8 * c), 1.f);
+                to_floats<T>(x, load8<Fp8>(value[i], 32 * j + 8 * c), 1.f);
 #pragma unroll
                 for (int e = 0; e < 8; ++e) squares[i] += x[e] * x[e];
             }
         }
         for (int head = 0; head < p.group; head += 8) {
-            const char *query = head + r < p.group ? queries + (head + r) * D * 2 : nullptr;
+            const char *query = queries + (head + r < p.group ? head + r : 0) * D * 2;
             float logit[kEach / 2][4] = {};
 #pragma unroll
             for (int j = 0; j < D / 32; ++j) {
                 const int column = 32 * j + 8 * c;
-                uint4 b{0, 0, 0, 0};
-                if (query) b = load8<false>(query, column).bits;
+                const uint4 b = load8<false>(query, column).bits;
 #pragma unroll
                 for (int i = 0; i < kEach; i += 2) {
-                    uint4 low{0, 0, 0, 0}, high{0, 0, 0, 0};
-                    if (key[i]) low = to_sixteen_bits<T>(load8<Fp8>(key[i], column));
-                    if (key[i + 1]) high = to_sixteen_bits<T>(load8<Fp8>(key[i + 1], column));
+                    const uint4 low = to_sixteen_bits<T>(load8<Fp8>(key[i], column));
+                    const uint4 high = to_sixteen_bits<T>(load8<Fp8>(key[i + 1], column));
                     mma<T>(logit[i / 2], {low.x, high.x, low.y, high.y}, b.x, b.y);
                     mma<T>(logit[i / 2], {low.z, high.z, low.w, high.w}, b.z, b.w);
                 }

@@ -145,7 +145,9 @@ DECODED = [
 
 
 @pytest.mark.parametrize(
-    "heavy_hitters, comp_tokens, changes", DECODED, ids=lambda x: "" if isinstance(x, dict) else str(x)
+    "heavy_hitters, comp_tokens, changes",
+    DECODED,
+    ids=lambda x: "" if isinstance(x, dict) else str(x),
 )
 def test_decode(
     kernels: RazorKernels, heavy_hitters: int, comp_tokens: int, changes: dict[str, Any]
@@ -207,7 +209,11 @@ def test_decode_over_many_blocks(kernels_on: Callable[[int], RazorKernels]) -> N
     """A head's rows and its tiles of queries are spread over blocks of the launch: whoever finishes the
     last one chooses. Twice, with the same bits."""
     layer = replace(
-        with_policy(heavy_hitters=64, comp_tokens=32), group=20, n_max=240, num_kv_heads=1, retrieval=()
+        with_policy(heavy_hitters=64, comp_tokens=32),
+        group=20,
+        n_max=240,
+        num_kv_heads=1,
+        retrieval=(),
     )
     calls = [Call(contexts=[(0, 150), (1, 90)]), *[Call(generations=[(1, 1), (0, 1)])] * 12]
     check(kernels_on(13), layer, calls, slots=2, twice=True)
@@ -316,7 +322,8 @@ def _paged(case: tuple[str, int, int, int, int, dict]) -> Layer:
 def test_paged(kernels: RazorKernels, case: tuple[str, int, int, int, int, dict]) -> None:
     layer = _paged(case)
     make = cyclic_store if case[0] == "cyclic" else linear_store
-    check(kernels, layer, every_call(), store=lambda: make(layer, case[1], 3, 5))
+    calls = [*every_call(), *[Call(generations=[(2, 1), (0, 1), (1, 1)])] * 16]
+    check(kernels, layer, calls, store=lambda: make(layer, case[1], 3, 5))
 
 
 @pytest.mark.parametrize("case", [PAGED[1], PAGED[5]], ids=["cyclic", "linear"])
