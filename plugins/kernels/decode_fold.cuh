@@ -33,8 +33,9 @@ template <typename T, int D, bool Fp8>
 __device__ inline int lowest_candidate(const Params &p, Scratch &scratch, const HeadRows &rows, int leaving, int lane,
                                        int warp) {
     using C = Config<D, Fp8>;
-    constexpr int kEach = 4;               // candidates of a lane at a time
-    constexpr int kApart = 8 * C::kWarps;  // from one to the next
+    constexpr int kEach = 4;                            // candidates of a lane at a time
+    constexpr int kApart = 8 * C::kWarps;               // from one to the next
+    [[maybe_unused]] constexpr int kColumns = D == 256 ? 4 : D / 32; // times 32, whose loads are under way
     const Item &item = scratch.item;
     const int r = lane / 4, c = lane % 4, held = p.policy.heavy_hitters;
     const char *queries = static_cast<const char *>(p.q) +
@@ -56,7 +57,7 @@ __device__ inline int lowest_candidate(const Params &p, Scratch &scratch, const 
         for (int i = 0; i < kEach; ++i) {
             top[i] = kMasked;
             sum[i] = squares[i] = 0.f;
-#pragma unroll
+#pragma unroll kColumns
             for (int j = 0; j < D / 32; ++j) {
                 float x[8];
                 to_floats<T>(x, load8<Fp8>(value[i], 32 * j + 8 * c), 1.f);
@@ -67,7 +68,7 @@ __device__ inline int lowest_candidate(const Params &p, Scratch &scratch, const 
         for (int head = 0; head < p.group; head += 8) {
             const char *query = queries + (head + r < p.group ? head + r : 0) * D * 2;
             float logit[kEach / 2][4] = {};
-#pragma unroll
+#pragma unroll kColumns
             for (int j = 0; j < D / 32; ++j) {
                 const int column = 32 * j + 8 * c;
                 const uint4 b = load8<false>(query, column).bits;
@@ -198,9 +199,10 @@ __device__ inline void fold(const Params &p, Scratch &scratch, const HeadRows &r
     }
 }
 
-// The end of a step that drops a token of the item's head. H + M >= 1. All threads of the block.
+// The end of a step that drops a token of the item's head. H + M >= 1. All threads of the block. Not inline: once a head,
+// and what it would keep in registers is for the kernel's main loop.
 template <typename T, int D, bool Fp8>
-__device__ inline void leave_window(const Params &p, Scratch &scratch, int lane, int warp) {
+__device__ __attribute__((noinline)) void leave_window(const Params &p, Scratch &scratch, int lane, int warp) {
     const Item &item = scratch.item;
     const Policy &policy = p.policy;
     const HeadRows rows = head_rows(p.local, item.b, item.head, Config<D, Fp8>::kRowBytes);
