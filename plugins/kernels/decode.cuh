@@ -346,7 +346,11 @@ __global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kBou
             const int tiles = tiles_of(p);
             int32_t *counter =
                 counters.heads + static_cast<int64_t>(item.b - p.num_contexts) * p.num_local + item.head;
-            if (tiles == 1 || arrive(counter, tiles, scratch)) leave_window<T, D, Fp8>(p, scratch, lane, warp);
+            if (tiles == 1 || arrive(counter, tiles, scratch)) {
+                // Which of the two spills nothing on any chip (resources.md).
+                if constexpr (D == 256 && !Fp8) leave_window<T, D, Fp8>(p, scratch, lane, warp);
+                else leave_window_apart<T, D, Fp8>(p, scratch, lane, warp);
+            }
         }
         sync_block(); // rings and scratch are free again
     }

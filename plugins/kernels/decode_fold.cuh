@@ -33,9 +33,9 @@ template <typename T, int D, bool Fp8>
 __device__ inline int lowest_candidate(const Params &p, Scratch &scratch, const HeadRows &rows, int leaving, int lane,
                                        int warp) {
     using C = Config<D, Fp8>;
-    constexpr int kEach = 4;                            // candidates of a lane at a time
-    constexpr int kApart = 8 * C::kWarps;               // from one to the next
-    [[maybe_unused]] constexpr int kColumns = D == 256 ? 4 : D / 32; // times 32, whose loads are under way
+    constexpr int kEach = 4;              // candidates of a lane at a time
+    constexpr int kApart = 8 * C::kWarps; // from one to the next
+    [[maybe_unused]] constexpr int kColumns = D == 256 && Fp8 ? 4 : D / 32; // times 32, whose loads are under way
     const Item &item = scratch.item;
     const int r = lane / 4, c = lane % 4, held = p.policy.heavy_hitters;
     const char *queries = static_cast<const char *>(p.q) +
@@ -199,10 +199,9 @@ __device__ inline void fold(const Params &p, Scratch &scratch, const HeadRows &r
     }
 }
 
-// The end of a step that drops a token of the item's head. H + M >= 1. All threads of the block. Not inline: once a head,
-// and what it would keep in registers is for the kernel's main loop.
+// The end of a step that drops a token of the item's head. H + M >= 1. All threads of the block.
 template <typename T, int D, bool Fp8>
-__device__ __attribute__((noinline)) void leave_window(const Params &p, Scratch &scratch, int lane, int warp) {
+__device__ inline void leave_window(const Params &p, Scratch &scratch, int lane, int warp) {
     const Item &item = scratch.item;
     const Policy &policy = p.policy;
     const HeadRows rows = head_rows(p.local, item.b, item.head, Config<D, Fp8>::kRowBytes);
@@ -219,6 +218,12 @@ __device__ __attribute__((noinline)) void leave_window(const Params &p, Scratch 
     }
     if (policy.comp_tokens) fold<T, D, Fp8>(p, scratch, rows, loser, lane, warp);
     if (loser != leaving) copy_row<D, Fp8>(rows, leaving, loser);
+}
+
+// Once a head: what it would keep in registers is for the kernel's main loop.
+template <typename T, int D, bool Fp8>
+__device__ __attribute__((noinline)) void leave_window_apart(const Params &p, Scratch &scratch, int lane, int warp) {
+    leave_window<T, D, Fp8>(p, scratch, lane, warp);
 }
 
 }  // namespace decode
