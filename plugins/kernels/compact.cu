@@ -376,7 +376,7 @@ __device__ inline float sum_of_column(const Params &p, const Work &work, const F
 constexpr int kMoveThreads = 128;
 
 template <typename T, bool kFp8>
-__global__ void __launch_bounds__(kMoveThreads)
+__global__ void __launch_bounds__(kMoveThreads, 8)
     move_centroids_kernel(const __grid_constant__ Params p, const Work work, int round) {
     const int m = blockIdx.x % p.policy.comp_tokens, head = blockIdx.x / p.policy.comp_tokens;
     const int h = head % p.num_local, b = head / p.num_local;

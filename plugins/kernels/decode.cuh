@@ -1,5 +1,5 @@
-// Attention of generations: one query token of each sequence against all rows that its heads keep, and the fold of the
-// token that leaves the window. docs/semantics.md defines the result.
+// Attention of generations: one query token of each sequence against all rows that its heads keep, and what becomes of
+// the token that leaves the window. docs/semantics.md defines the result.
 //
 // The kernel is bound by the bytes of the cache. Four decisions follow:
 //
@@ -14,6 +14,10 @@
 // * One launch. An item inside one block's piece is finished there. The blocks of a longer one leave partial results,
 //   and whoever arrives last combines them: in groups of 16 first, so that an item spread over the whole chip is not
 //   combined by a single multiprocessor. Nobody waits for anybody, and sums are always taken in the same order.
+//
+// What leaves the window of a local head is for the last block of that head, which alone knows that all rows are read
+// (decode_fold.cuh). A choice reads the rows of the heavy hitters once more, from L2; local heads come first of a
+// sequence, so that other blocks have rows to attend meanwhile.
 #pragma once
 
 #include "decode_fold.cuh"
@@ -336,16 +340,16 @@ __global__ void __launch_bounds__(Config<D, Fp8>::kThreads, Config<D, Fp8>::kBou
         }
 
         const bool wrote = finish<T, D, Fp8>(p, attention, ring, rings, scratch, counters, partials, lane, warp);
-        // All blocks of the item have read the compensation tokens.
-        const bool keep = item.dropped < p.policy.heavy_hitters; // the token that leaves the window, as a row
-        if (wrote && item.local && (keep || p.policy.comp_tokens) &&
+        // All blocks of the item have read the rows and the compensation tokens.
+        if (wrote && item.local && (p.policy.heavy_hitters || p.policy.comp_tokens) &&
             p.policy.dropped(item.past + 1) > item.dropped) {
             const int tiles = tiles_of(p);
             int32_t *counter =
                 counters.heads + static_cast<int64_t>(item.b - p.num_contexts) * p.num_local + item.head;
             if (tiles == 1 || arrive(counter, tiles, scratch)) {
-                if (keep) keep_row<D, Fp8>(p, scratch);
-                else fold<T, D, Fp8>(p, scratch, lane, warp);
+                // Which of the two spills nothing on any chip (resources.md).
+                if constexpr (D == 256 && !Fp8) leave_window<T, D, Fp8>(p, scratch, lane, warp);
+                else leave_window_apart<T, D, Fp8>(p, scratch, lane, warp);
             }
         }
         sync_block(); // rings and scratch are free again

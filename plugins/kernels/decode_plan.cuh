@@ -76,7 +76,7 @@ __host__ __device__ inline int tile_rows(const Params &p) { return p.group < kTi
 constexpr int kSlots = 2 * kMaxDecodeBlocks;
 
 // Arrivals: of the groups (by slot of their first member), of the items (by block of their first member), and of the
-// tiles of a local head, which must all be done before its compensation tokens change.
+// tiles of a local head, which must all be done before its rows and compensation tokens change.
 struct Counters {
     int32_t *groups, *items, *heads;
 };
@@ -162,6 +162,7 @@ struct Scratch {
     int32_t arrived;
     float distance[4];
     int32_t nearest[4];
+    uint64_t lowest[4];
 };
 
 __device__ inline int64_t begin_of_block(int64_t total, int blocks, int i) { return total * i / blocks; }

@@ -4,7 +4,8 @@
 //   select   the H highest of a head, losers and places of winners as lists
 //   keep     winners to their rows
 //
-// A decode step and a short chunk choose nothing: score and select are not launched, or leave at once.
+// Where all that is dropped finds a free row nothing is chosen: score and select are not launched, or leave at once.
+// A decode step chooses inside its own kernel (decode_fold.cuh).
 #include "heavy.cuh"
 #include "launch.h"
 
@@ -37,12 +38,6 @@ struct Addresses {
 template <int D>
 constexpr size_t score_shared() { return 2 * ScoreShape<D>::kTileBytes + sizeof(Addresses); }
 
-// Orders unsigned numbers as the floats they come from. -0 is 0.
-__device__ inline uint32_t ordered(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x == 0.f ? 0.f : x);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
 // Starts the copies of 64 rows of 16-bit elements, as one group.
 template <int D>
 __device__ inline void request(char *tile, const uintptr_t *from) {
@@ -55,8 +50,7 @@ __device__ inline void request(char *tile, const uintptr_t *from) {
     copy_commit();
 }
 
-// ln ‖v‖ + ln Σ exp(s q k), in units of log2 and without the scale of values: neither changes who is higher. A query row
-// is (token, query head of the group).
+// A block scores 64 candidates of a head by all query rows; such a row is (token, query head of the group).
 template <typename T, int D, bool kFp8>
 __global__ void __launch_bounds__(kScoreThreads, ScoreShape<D>::kBlocksPerSm)
     score_kernel(const __grid_constant__ Params p, const Selection selection, int tiles) {
@@ -100,10 +94,9 @@ __global__ void __launch_bounds__(kScoreThreads, ScoreShape<D>::kBlocksPerSm)
             const int row = i / (S::kChunks / 2), piece = i % (S::kChunks / 2);
             uint4 bytes = {0, 0, 0, 0};
             if (addresses.keys[row]) bytes = reinterpret_cast<const uint4 *>(addresses.keys[row])[piece];
-            const uint2 w = from_fp8x4<T>(bytes.x), x = from_fp8x4<T>(bytes.y);
-            const uint2 y = from_fp8x4<T>(bytes.z), z = from_fp8x4<T>(bytes.w);
-            *reinterpret_cast<uint4 *>(keys + S::at(row, 2 * piece)) = {w.x, w.y, x.x, x.y};
-            *reinterpret_cast<uint4 *>(keys + S::at(row, 2 * piece + 1)) = {y.x, y.y, z.x, z.y};
+            const Eight<true> low = {{bytes.x, bytes.y}}, high = {{bytes.z, bytes.w}};
+            *reinterpret_cast<uint4 *>(keys + S::at(row, 2 * piece)) = to_sixteen_bits<T>(low);
+            *reinterpret_cast<uint4 *>(keys + S::at(row, 2 * piece + 1)) = to_sixteen_bits<T>(high);
         }
     } else {
         request<D>(keys, addresses.keys);
@@ -193,17 +186,9 @@ __global__ void __launch_bounds__(kScoreThreads, ScoreShape<D>::kBlocksPerSm)
                        drop.sequence.row + static_cast<int64_t>(b) * p.policy.heavy_hitters + first;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float highest = top[half], total = squares[half];
-#pragma unroll
-        for (int mask = 1; mask < 4; mask *= 2) {
-            highest = fmaxf(highest, shuffle_xor(highest, mask));
-            total += shuffle_xor(total, mask);
-        }
-        float all = sum[half] * exp2_fast(top[half] - highest);
-#pragma unroll
-        for (int mask = 1; mask < 4; mask *= 2) all += shuffle_xor(all, mask);
+        const uint32_t score = score_of_quad(top[half], sum[half], squares[half]);
         const int candidate = base + lane / 4 + 8 * half;
-        if (lane % 4 == 0 && candidate < left) scores[candidate] = ordered(0.5f * log2f(total) + (highest + log2f(all)));
+        if (lane % 4 == 0 && candidate < left) scores[candidate] = score;
     }
 }
 
@@ -399,7 +384,7 @@ Selection selection_at(const Params &p, char *workspace) {
 
 cudaError_t enqueue_selection(const Params &p, const Selection &selection, int dropped, cudaStream_t stream) {
     const int rows = p.policy.heavy_hitters;
-    if (rows == 0 || dropped <= rows || p.max_chunk < kSelectMinChunk) return cudaSuccess;
+    if (rows == 0 || dropped <= rows) return cudaSuccess;
     const int candidates = rows + (dropped < p.max_chunk ? dropped : p.max_chunk);
     const bool fp8 = p.cache_type == CacheType::kFp8;
     const cudaError_t e = p.bf16 ? fp8 ? enqueue_scores<__nv_bfloat16, true>(p, selection, candidates, stream)

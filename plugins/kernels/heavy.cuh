@@ -8,11 +8,11 @@
 
 #include "device.cuh"
 #include "rows.cuh"
+#include "score.cuh"
 
 namespace razor {
 
-constexpr int kSelectQueries = 64;  // last tokens of a chunk, whose queries judge
-constexpr int kSelectMinChunk = 16; // a shorter one cannot
+constexpr int kSelectQueries = 64; // last tokens of a chunk, whose queries judge
 
 __host__ __device__ inline int divide_up(int a, int b) { return a / b + (a % b != 0); }
 inline size_t on_256(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -42,7 +42,7 @@ __device__ inline Dropped dropped_of(const Params &p, int b) {
     d.tokens = after - before;
     d.heavy = p.policy.heavy(before);
     d.heavy_after = p.policy.heavy(after);
-    d.choose = p.policy.heavy_hitters > 0 && chunk >= kSelectMinChunk && d.heavy + d.tokens > p.policy.heavy_hitters;
+    d.choose = p.policy.heavy_hitters > 0 && d.heavy + d.tokens > p.policy.heavy_hitters;
     return d;
 }
 
@@ -86,45 +86,6 @@ __device__ inline Candidates candidates_of(const Params &p, const Dropped &d, in
 
 __device__ inline int64_t losers_index(const Params &p, const Dropped &d, int h) {
     return static_cast<int64_t>(h) * p.num_context_tokens + d.sequence.row;
-}
-
-// Eight neighbouring elements of a cached row, as they lie there and as real numbers.
-template <bool kFp8>
-struct Eight;
-template <>
-struct Eight<false> {
-    uint4 bits;
-};
-template <>
-struct Eight<true> {
-    uint2 bits;
-};
-
-template <typename T>
-__device__ inline void to_floats(float (&x)[8], const Eight<false> &eight, float) {
-    const uint32_t words[4] = {eight.bits.x, eight.bits.y, eight.bits.z, eight.bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 two = unpack<T>(words[i]);
-        x[2 * i] = two.x;
-        x[2 * i + 1] = two.y;
-    }
-}
-template <typename T>
-__device__ inline void to_floats(float (&x)[8], const Eight<true> &eight, float scale) {
-    const uint2 low = from_fp8x4<T>(eight.bits.x), high = from_fp8x4<T>(eight.bits.y);
-    to_floats<T>(x, Eight<false>{{low.x, low.y, high.x, high.y}}, 1.f);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] *= scale;
-}
-template <bool kFp8>
-__device__ inline Eight<kFp8> load8(const char *row, int first) {
-    return *reinterpret_cast<const Eight<kFp8> *>(row + first * (kFp8 ? 1 : 2));
-}
-template <typename T, bool kFp8>
-__device__ inline float load1(const char *row, int column, float scale) {
-    if constexpr (kFp8) return unpack<T>(from_fp8x4<T>(static_cast<uint8_t>(row[column])).x).x * scale;
-    else return to_float(reinterpret_cast<const T *>(row)[column]);
 }
 
 // heavy.cu. dropped: D of the longest sequence that a call may end with.

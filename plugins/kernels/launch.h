@@ -2,7 +2,8 @@
 //
 //   append   rotate queries and keys, store what is new; begin compensation tokens where a sequence begins
 //   prefill  attention of contexts
-//   decode   attention of generations, splits combined, the token that leaves the window kept or folded
+//   decode   attention of generations, splits combined; of the heavy hitters and the token that leaves the window the
+//            lowest is folded
 //   compact  contexts: choose the heavy hitters, fold the rest of what left the window, move what stays to the ring
 //
 // x_workspace(p) is what launch_x needs for a call of this size; never shrinks when a number of the call grows.

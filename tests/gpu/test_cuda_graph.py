@@ -38,8 +38,8 @@ def _capture(run: Sequences) -> torch.cuda.CUDAGraph:
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 24])
 def test_replay_with_other_lengths(layer: Layer, rows: int) -> None:
-    """rows = 1: decode. More: chunks of any length up to that, none included; some of 16 tokens and more
-    choose heavy hitters, shorter ones do not."""
+    """rows = 1: decode. More: chunks of any length up to that, none included. Some find free rows for what
+    they drop, others choose their heavy hitters."""
     kernels, batch = RazorKernels(), 3
     replayed, fresh = (Sequences(kernels, layer, batch, rows) for _ in range(2))
     numbers = torch.Generator().manual_seed(rows)

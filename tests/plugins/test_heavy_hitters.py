@@ -21,7 +21,7 @@ from schedules import in_flight
 
 from trt_razor.errors import UsageError
 from trt_razor.kernels import Limits, RazorKernels
-from trt_razor.policy import SELECT_MIN_CHUNK, RazorPolicy
+from trt_razor.policy import RazorPolicy
 
 POLICY = RazorPolicy(sink_tokens=2, min_window=6, compression=None, comp_tokens=1, heavy_hitters=3)
 SMALL = Layer(policy=POLICY, n_max=160)  # D = 64, g = 2, one retrieval and one local head
@@ -67,8 +67,8 @@ LAYERS = [
 
 
 def every_call() -> list[Call]:
-    """Three sequences: chunks that choose and ones too short for it, decode between them, all kinds of
-    calls. Ring and rows wrap and fill at different times."""
+    """Three sequences: long and short chunks, decode between them, all kinds of calls. Ring and rows wrap
+    and fill at different times."""
     every = [(0, 1), (1, 1), (2, 1)]
     return [
         Call(contexts=[(0, 5), (1, 33), (2, 0)]),
@@ -94,39 +94,34 @@ def test_the_same_bits_every_time(kernels_on: Callable[[int], RazorKernels], lay
 # Lengths ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("min_window", [9, 12])
 def test_prompts_around_every_boundary(kernels: RazorKernels, min_window: int) -> None:
-    """The first dropped token, as many as there are rows and one more, chunks of one token fewer and
-    more than may choose; then the same behind rows that are full, half full and empty."""
-    layer = replace(with_policy(min_window=min_window, heavy_hitters=4, comp_tokens=2), n_max=64)
+    """The first dropped token, as many as there are rows and one more; then chunks of all lengths, of more
+    tokens than judge too, behind rows that are full, half full and empty."""
+    layer = replace(with_policy(min_window=min_window, heavy_hitters=4, comp_tokens=2), n_max=98)
     first = range(layer.policy.first_drop() - 1, layer.policy.first_drop() + 9)
-    assert {SELECT_MIN_CHUNK - 1, SELECT_MIN_CHUNK, SELECT_MIN_CHUNK + 1} <= set(first)
     assert {3, 4, 5} <= {layer.policy.dropped(n) for n in first}
     every = list(enumerate(first))
-    seconds = [15, 16, 17, 14, 18, 1, 2, 30, 16, 17]
+    seconds = [3, 5, 4, 63, 64, 65, 2, 30, 1, 17]
     calls = [
         Call(contexts=every),
         Call(contexts=list(zip(range(10), seconds, strict=True)), packed=True),
-        Call(generations=[(s, 1) for s in range(10)]),
+        *[Call(generations=[(s, 1) for s in range(10)])] * 3,
     ]
     check(kernels, layer, calls, slots=10)
 
 
-@pytest.mark.parametrize("heavy_hitters, comp_tokens", [(1, 0), (3, 4), (64, 1)])
-def test_decode_fills_the_rows(kernels: RazorKernels, heavy_hitters: int, comp_tokens: int) -> None:
-    """Token by token: the first ones to be dropped stay, the others are folded, the ring wraps; then a
-    chunk chooses among them."""
-    policy = POLICY.with_(heavy_hitters=heavy_hitters, comp_tokens=comp_tokens)
-    layer = replace(SMALL, policy=policy, n_max=110, group=17 if heavy_hitters == 3 else 2)
-    calls = [*[Call(generations=[(0, 1)])] * 82, Call(contexts=[(0, 28)])]
-    rig = check(kernels, layer, calls, slots=1)
-    assert policy.heavy(82) == heavy_hitters
-    assert rig.n(0) == 110
-
-
-@pytest.mark.parametrize("size", [3, 15, 16, 40])
+@pytest.mark.parametrize("size", [2, 3, 15, 16, 40])
 def test_chunks_of_every_size(kernels: RazorKernels, size: int) -> None:
+    """Short chunks choose as long ones do, by fewer queries."""
     layer = with_policy(heavy_hitters=20, comp_tokens=2)
     calls = [Call(contexts=[(0, size)])] * (120 // size) + [Call(generations=[(0, 1)])] * 2
     check(kernels, layer, calls, slots=1)
+
+
+def test_a_context_of_one_token(kernels: RazorKernels) -> None:
+    """Packed beside a longer one it goes the way of contexts, and chooses."""
+    layer = with_policy(heavy_hitters=4, comp_tokens=2)
+    call = Call(contexts=[(0, 1), (1, 2)], packed=True)
+    check(kernels, layer, [Call(contexts=[(0, 20), (1, 9)]), *[call] * 20], slots=2)
 
 
 def test_more_candidates_than_a_round_of_the_block(kernels: RazorKernels) -> None:
@@ -134,6 +129,94 @@ def test_more_candidates_than_a_round_of_the_block(kernels: RazorKernels) -> Non
     policy = RazorPolicy(1, 8, None, comp_tokens=1, heavy_hitters=300)
     layer = Layer(num_kv_heads=1, group=1, retrieval=(), policy=policy, n_max=1500)
     check(kernels, layer, [Call(contexts=[(0, 1180)]), Call(contexts=[(0, 40)])], slots=1)
+
+
+# Decode -------------------------------------------------------------------------------------------
+DECODED = [
+    (1, 0, {}),
+    (1, 1, {"group": 1, "dtype": torch.bfloat16}),
+    (3, 4, {"group": 17}),  # two tiles of queries
+    (9, 1, {"group": 40, "num_kv_heads": 1, "retrieval": ()}),  # three
+    (5, 0, {"group": 9, "head_dim": 96, "num_kv_heads": 3, "retrieval": (1,)}),
+    (16, 4, {"head_dim": 256, "fp8": True, "k_scale": 0.03, "v_scale": 0.017, "group": 5}),
+    (17, 1, {"head_dim": 128, "dtype": torch.bfloat16, "group": 8, "retrieval": ()}),
+    (40, 4, {"fp8": True, "k_scale": 0.0625, "v_scale": 2.5, "position": "none"}),
+]
+
+
+@pytest.mark.parametrize(
+    "heavy_hitters, comp_tokens, changes",
+    DECODED,
+    ids=lambda x: "" if isinstance(x, dict) else str(x),
+)
+def test_decode(
+    kernels: RazorKernels, heavy_hitters: int, comp_tokens: int, changes: dict[str, Any]
+) -> None:
+    """Token by token: the first ones to be dropped fill the rows; then at each step the lowest candidate
+    goes, a row or the token itself, while the ring wraps; at last a chunk chooses among what is left."""
+    policy = POLICY.with_(heavy_hitters=heavy_hitters, comp_tokens=comp_tokens)
+    layer = replace(SMALL, policy=policy, n_max=110, **changes)
+    changed: list[bool] = []
+
+    def calls(rig: Rig) -> Iterator[Call]:
+        changed.clear()
+        before = torch.empty(0)
+        for _ in range(90):
+            yield Call(generations=[(0, 1)])
+            local = rig.sequences[0].cache.local
+            assert local is not None
+            rows = local.local_k[:, local.heavy_rows()]
+            if before.shape == rows.shape and rows.shape[1]:
+                changed.append(not torch.equal(rows[0], before[0]))
+            before = rows.clone()
+        yield Call(contexts=[(0, 20)])
+
+    check(kernels, layer, calls, slots=1)
+    assert changed.count(True) >= 5
+    assert changed.count(False) >= 5 or heavy_hitters > 9  # of many the last is rarely the lowest
+
+
+@pytest.mark.parametrize("case", [0, 2, 5, 7])
+def test_decode_of_many_sequences(kernels: RazorKernels, case: int) -> None:
+    """Unequal lengths in one batch: some still fill their rows, some have not dropped a token, one idles."""
+    heavy_hitters, comp_tokens, changes = DECODED[case]
+    policy = POLICY.with_(heavy_hitters=heavy_hitters, comp_tokens=comp_tokens)
+    layer = replace(SMALL, policy=policy, n_max=64, **changes)
+    filled = policy.first_drop() + heavy_hitters
+    lengths = [1, policy.first_drop() - 2, min(filled, 40) - 2, 40]
+    calls = [
+        Call(contexts=list(enumerate(lengths))),
+        *[Call(generations=[(3, 1), (1, 1), (0, 1), (2, 1)], slack=4)] * 4,
+        *[Call(generations=[(2, 1), (3, 0), (0, 1), (1, 1)])] * 4,
+        *[Call(contexts=[(1, 7)], generations=[(3, 1), (2, 1)], packed=True)] * 3,
+        *[Call(generations=[(s, 1) for s in range(4)], one_each=True)] * 5,
+    ]
+    check(kernels, layer, calls, slots=4)
+
+
+@pytest.mark.parametrize("head_dim, heavy_hitters", [(64, 127), (64, 128), (96, 150), (256, 70)])
+def test_decode_with_many_rows(kernels: RazorKernels, head_dim: int, heavy_hitters: int) -> None:
+    """More candidates than the block scores at once, one more than it does, and as many."""
+    policy = POLICY.with_(heavy_hitters=heavy_hitters, comp_tokens=2)
+    layer = replace(SMALL, policy=policy, head_dim=head_dim, n_max=240, retrieval=())
+    prompt = policy.first_drop() + heavy_hitters
+    check(
+        kernels, layer, [Call(contexts=[(0, prompt)]), *[Call(generations=[(0, 1)])] * 24], slots=1
+    )
+
+
+def test_decode_over_many_blocks(kernels_on: Callable[[int], RazorKernels]) -> None:
+    """A head's rows and its tiles of queries are spread over blocks of the launch: whoever finishes the
+    last one chooses. Twice, with the same bits."""
+    layer = replace(
+        with_policy(heavy_hitters=64, comp_tokens=32),
+        group=20,
+        n_max=240,
+        num_kv_heads=1,
+        retrieval=(),
+    )
+    calls = [Call(contexts=[(0, 150), (1, 90)]), *[Call(generations=[(1, 1), (0, 1)])] * 12]
+    check(kernels_on(13), layer, calls, slots=2, twice=True)
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -174,6 +257,45 @@ def test_values_of_zeros_lose(kernels: RazorKernels) -> None:
         rig.run([Call(contexts=[(0, 32)]), Call(contexts=[(0, 32)])])
 
 
+def with_values(rig: Rig, lengths: dict[int, float]) -> None:
+    """The sequence 0 to be: queries of zeros, and values that are equally long but at these positions."""
+    tokens = rig._of(0).tokens
+    tokens.q.zero_()
+    tokens.ref_q.zero_()
+    values = tokens.v.sign().double()
+    for position, length in lengths.items():
+        values[:, position] *= length
+    tokens.v.copy_(values)
+    tokens.ref_v.copy_(values)
+    tokens.v_bytes[:] = as_bytes(tokens.v)
+
+
+@pytest.mark.parametrize("comp_tokens", [0, 2])
+def test_of_equal_scores_the_last_candidate_loses(kernels: RazorKernels, comp_tokens: int) -> None:
+    """Decode steps: the token that leaves the window, if it is no better than the rows; else the last of
+    the lowest rows. Values of zeros are the lowest, and go the same way."""
+    layer = with_policy(heavy_hitters=20, comp_tokens=comp_tokens)
+    layer = replace(layer, position="none", n_max=96, retrieval=(), group=3)
+    rig = Rig(kernels, layer, slots=1)
+    longer = {p: 2.0 for p in (*range(30, 36), 50)} | {p: 0.0 for p in (5, 9, 21, 40, 41)}
+    with_values(rig, longer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("razor_layers.SCORE_MARGIN", -1.0)
+        rig.run([Call(generations=[(0, 1)])] * 38)  # 2 .. 21 fill the rows, up to 31 have left
+        local = rig.sequences[0].cache.local
+        assert local is not None
+
+        def held() -> list[float]:
+            return local.local_v[0, 2:22].abs().amax(1).tolist()
+
+        expected = [1.0] * 20  # of positions 2 .. 21
+        # Ones of the window enter rows of zeros, from the last, at 22, 23 and 24; twos those of ones.
+        expected[18:] = [2.0, 2.0]
+        assert held() == expected
+        rig.run([Call(generations=[(0, 1)])] * 40)
+        assert held() == [1.0] * 13 + [2.0] * 7
+
+
 # Memory -------------------------------------------------------------------------------------------
 # design, tokens_per_block, sinks, H, M, changes
 PAGED = [
@@ -200,7 +322,8 @@ def _paged(case: tuple[str, int, int, int, int, dict]) -> Layer:
 def test_paged(kernels: RazorKernels, case: tuple[str, int, int, int, int, dict]) -> None:
     layer = _paged(case)
     make = cyclic_store if case[0] == "cyclic" else linear_store
-    check(kernels, layer, every_call(), store=lambda: make(layer, case[1], 3, 5))
+    calls = [*every_call(), *[Call(generations=[(2, 1), (0, 1), (1, 1)])] * 16]
+    check(kernels, layer, calls, store=lambda: make(layer, case[1], 3, 5))
 
 
 @pytest.mark.parametrize("case", [PAGED[1], PAGED[5]], ids=["cyclic", "linear"])

@@ -26,6 +26,9 @@ CLEAN = """
 from harness import check
 from schedules import SANITIZED, everything
 from test_fuzz import run_seed
+from test_heavy_hitters import LAYERS, every_call
+for layer in LAYERS[2:6]:  # many rows, FP8, groups of two tiles of queries
+    check(kernels, layer, every_call(), slots=3)
 for layer in SANITIZED:
     check(kernels, layer, everything(), slots=3)
 for seed in range(12):

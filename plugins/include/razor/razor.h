@@ -113,8 +113,8 @@ typedef struct razor_layer {
     int32_t compression;    /* C >= 1; 0 = fixed window of S0 */
     int32_t comp_tokens;    /* M, 0 .. RAZOR_MAX_COMP_TOKENS; 0 or 1 with ALiBi */
     /* H, 0 .. RAZOR_MAX_HEAVY_HITTERS: dropped tokens that stay rows of their own, in the rows N0 .. N0 + H - 1 of a local
-     * head, chosen at the end of a chunk by the attention of its last queries (docs/semantics.md, "Heavy hitters"). A
-     * sequence has min(H, dropped tokens) of them. 0 with ALiBi: they carry no position. */
+     * head, chosen at the end of every chunk, also of one token, by the attention of its last queries (docs/semantics.md,
+     * "Heavy hitters"). A sequence has min(H, dropped tokens) of them. 0 with ALiBi: they carry no position. */
     int32_t heavy_hitters;
     /* Rows of a local head's ring, at least razor_ring_rows(); position p >= N0 of the window is in row
      * local_ring_offset + (p - N0) mod ring_rows, a sink p < N0 in row p. */
