@@ -70,10 +70,10 @@ def _panel(
             ax.plot([low, e.high], [y, y], color=colour, linewidth=1.2, alpha=0.6)
         ax.plot([e.mean], [y], "o", color=colour, markersize=4.5)
         if row.kv_ratio is not None:
-            place = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-            ax.annotate(
-                f"{row.kv_ratio:.0%}", (1, y), xytext=(-3, 0), ha="right", va="center",
-                fontsize=6, color="#666666", **place,
+            right = ax.get_yaxis_transform()
+            ax.text(
+                0.985, y, f"{row.kv_ratio:.0%}", transform=right, ha="right", va="center",
+                fontsize=6, color="#666666",
             )  # fmt: skip
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     ax.set_axisbelow(True)
