@@ -45,9 +45,11 @@ def method_rows(
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.4, -0.6)
     if what == "score":
-        axes[0].set_xlim(-0.03, 1.03)
+        axes[0].set_xlim(-0.03, 1.15)
     else:
         axes[0].set_xscale("log")
+        low, high = axes[0].get_xlim()
+        axes[0].set_xlim(low, high * (high / low) ** 0.1)  # room for what is kept, at the right
     return figure
 
 
