@@ -101,7 +101,7 @@ def test_smollm2_stops_at_the_first_share_that_holds() -> None:
 
     made = result.head_map
     assert made.num_retrieval == tried[-1].heads
-    assert made.options["combined_share"] == tried[-1].share
+    assert made.options["effect_share"] == tried[-1].share
     assert chosen_by(made) is not None  # the settings explain the choice
     assert made.options["auto"]["tried"] == [t.to_json() for t in tried]
     assert made.options["auto"]["part"] == "calibration"
