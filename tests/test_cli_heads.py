@@ -109,7 +109,7 @@ def test_greedy_choice_and_a_shorter_one(
     assert run(*argv, "--from", output, "--greedy-step", 1) == 2
     assert "--greedy-step: --from takes scores as they are" in capsys.readouterr().err
     assert run(*chosen, "--greedy-wordings", "code") == 2
-    assert "--greedy-wordings: only for needles" in capsys.readouterr().err
+    assert "--greedy-wordings: only with needles" in capsys.readouterr().err
     assert run(*argv, "--greedy-wordings", "room") == 2
     assert "wording 'room': held out for tests" in capsys.readouterr().err
 
