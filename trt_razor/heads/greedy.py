@@ -47,8 +47,7 @@ class GreedyOptions:
         contexts: of every wording, for each seed.
         texts: contexts that only go on, for each seed; 0 = none.
         length: tokens of a context.
-        policy: what a local head keeps. The default is the hardest preset: what holds there was
-            found to hold with more room as well (docs/heads.md).
+        policy: what a local head keeps. The default is the hardest preset.
         read_dtype: of the matrix products while a context is read; None = the dtype of the answers.
 
     Raises:
